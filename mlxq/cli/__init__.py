@@ -1,0 +1,62 @@
+"""The ``mlxq`` command: one module per subcommand, each parse -> call -> show."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from mlxq import __version__
+from mlxq.cli import convert, env, inspect, quantize, recipes
+
+app = typer.Typer(
+    name="mlxq",
+    help="Convert and quantize language models for Apple's MLX.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: mlxq inspect MODEL, then mlxq quantize 4bit --model MODEL. Docs: docs/ in the repository.",
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"mlxq {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+app.command("inspect")(inspect.command)
+app.command("convert")(convert.command)
+app.command("quantize")(quantize.command)
+app.add_typer(recipes.app, name="recipes")
+app.command("env")(env.command)
+
+
+def main() -> None:
+    """Run the program; every explained error becomes one line and an exit code."""
+    from mlxq.console import note, show_error
+    from mlxq.errors import MlxqError
+
+    try:
+        app()
+    except MlxqError as error:
+        show_error(error)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        note("interrupted")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader of our output went away (mlxq ... | head): not an error, but nothing more can be said.
+        sys.stderr.close()
+        raise SystemExit(141) from None

@@ -1,0 +1,20 @@
+"""``mlxq env``."""
+
+from __future__ import annotations
+
+from mlxq.cli.options import Json
+
+
+def command(as_json: Json = False) -> None:
+    """Show versions, device, memory, BLAS and Hub login state of this machine (never the token)."""
+    from dataclasses import asdict
+
+    from mlxq.console import show, show_json
+    from mlxq.runtime import environment
+    from mlxq.tables import environment_table
+
+    found = environment()
+    if as_json:
+        show_json({"schema": "mlxq.env", "schema_version": 1, **asdict(found)})
+    else:
+        show(environment_table(found))

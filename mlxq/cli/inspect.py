@@ -1,0 +1,77 @@
+"""``mlxq inspect MODEL``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mlxq.cli.options import Json, Quiet, TrustRemoteCode
+
+
+def command(
+    model: Annotated[str, typer.Argument(help="Folder, Hub id[@revision], .gguf file, or 'sample'.")],
+    layers: Annotated[bool, typer.Option("--layers", help="One row per module instead of folding the layers.")] = False,
+    match: Annotated[
+        str | None, typer.Option("--match", help="Only modules this pattern matches.", show_default=False)
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option("--text", help="Show how the tokenizer encodes this text.", show_default=False)
+    ] = None,
+    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of context to reckon memory for.")] = 4096,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", help="Reckon for this device (m4-max-64gb, mac-m4, ...) instead of this machine."),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Plan this recipe on the model, exactly, and show why.")
+    ] = None,
+    why: Annotated[str, typer.Option("--why", help="With --recipe: only modules this pattern matches.")] = "*",
+    trust_remote_code: TrustRemoteCode = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show what is in a model, what it would weigh, and whether it fits: headers only, no weights.
+
+    Example: mlxq inspect ./my-model --device mac-m4 --context 8192
+    """
+    from mlxq.console import note, show, show_json
+    from mlxq.sources.resolve import resolve
+
+    if recipe is not None:
+        from mlxq.cli.writing import show_plan
+        from mlxq.recipe import load_recipe
+        from mlxq.runtime import load_blas
+
+        loaded = load_recipe(recipe)
+        load_blas()
+        from mlxq.pipeline import Options, default_output, prepare
+
+        plan = prepare(loaded, model, Options(requantize=True, trust_remote_code=trust_remote_code))
+        show_plan(plan, out=default_output(loaded, model), why=why, as_json=as_json, quiet=quiet)
+        return
+    from mlxq import tables
+    from mlxq.devices import find_device, this_machine
+    from mlxq.fit import estimate, fit
+    from mlxq.inspection import encode_text, inspect_model
+    from mlxq.recipe import shipped_recipes
+
+    source = resolve(model)
+    machine = find_device(device) if device else this_machine()
+    found = inspect_model(source, context)
+    encoding = encode_text(source, text) if text is not None else None
+    modules = tables.chosen_modules(found, match)
+    fits = []
+    for shipped in shipped_recipes():
+        guess = estimate(found, shipped)
+        reckoned = fit(guess.weight_bytes, found.config, context, machine, read_bytes=guess.read_bytes)
+        fits.append((shipped.name, reckoned))
+    if as_json:
+        show_json(tables.inspection_facts(found, modules, machine, fits, encoding))
+        return
+    show(tables.inspection_table(found))
+    show(tables.module_table(modules, folded=not layers))
+    if encoding is not None:
+        show(tables.encoding_table(encoding))
+    show(tables.fit_table(fits, machine, context))
+    note(f"Sizes are reckoned from headers. To the byte: mlxq quantize RECIPE --model {model} --dry-run", quiet=quiet)

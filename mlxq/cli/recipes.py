@@ -1,0 +1,79 @@
+"""``mlxq recipes``: list, show, check, schema, from-gguf."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mlxq.cli.options import Json
+
+app = typer.Typer(help="List, show and check recipes.", invoke_without_command=True)
+
+
+@app.callback()
+def listing(context: typer.Context, as_json: Json = False) -> None:
+    """List the shipped recipes."""
+    if context.invoked_subcommand is not None:
+        return
+    from mlxq.console import note, show, show_json
+    from mlxq.recipe import shipped_recipes
+    from mlxq.tables import recipes_table
+
+    found = shipped_recipes()
+    if as_json:
+        entries = [{"name": r.name, "description": r.description, "recipe": r.resolved()} for r in found]
+        show_json({"schema": "mlxq.recipes", "schema_version": 1, "recipes": entries})
+    else:
+        show(recipes_table(found))
+        note("mlxq recipes show NAME prints one; mlxq quantize NAME --model MODEL uses it.")
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a file.")]) -> None:
+    """Print a recipe as it was written."""
+    from mlxq.recipe import load_recipe
+
+    sys.stdout.write(load_recipe(name).text)
+
+
+@app.command()
+def check(
+    file: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
+    model: Annotated[str | None, typer.Option("--model", "-m", help="Also check every rule against this model.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="Change a value first. Repeatable.")] = None,
+) -> None:
+    """Check a recipe; all faults are listed at once."""
+    from mlxq.console import show as show_line
+    from mlxq.recipe import load_recipe
+
+    recipe = load_recipe(file, sets or ())
+    if model is None:
+        show_line(f"{file}: no faults in {len(recipe.rules)} rules. --model MODEL checks them against a model.")
+        return
+    from mlxq.pipeline import Options, prepare
+
+    plan = prepare(recipe, model, Options(requantize=True))
+    show_line(f"{file}: no faults; on {model} it gives {plan.file_bytes:,} bytes, {plan.bits_per_weight:.3f} bits per weight.")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, for editors (docs/recipes.md says how)."""
+    from mlxq.console import show_json
+    from mlxq.recipe import json_schema
+
+    show_json(json_schema())
+
+
+@app.command("from-gguf")
+def from_gguf(file: Annotated[Path, typer.Argument(help="A GGUF file.")]) -> None:
+    """Print a recipe with the bit widths that a GGUF file gives each tensor."""
+    from mlxq.errors import BadInputError
+    from mlxq.sources.gguf import open_gguf, recipe_yaml_from_gguf
+
+    if not file.is_file():
+        raise BadInputError(f"no such file: {file}", "Name a .gguf file.")
+    sys.stdout.write(recipe_yaml_from_gguf(open_gguf(file, str(file))))

@@ -1,0 +1,1 @@
+"""Formats weights are stored in, and algorithms that encode them."""

@@ -1,0 +1,160 @@
+"""The straight line: resolve -> bind -> plan -> execute -> verify -> report. ``convert`` and ``quantize`` both walk it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxq.architecture import bind, open_lazily
+from mlxq.card import card_text
+from mlxq.errors import BadInputError, MlxqError
+from mlxq.execute import Progress, execute
+from mlxq.metrics.size import measure_size
+from mlxq.plan import Plan, make_plan
+from mlxq.recipe import Recipe, recipe_from_dict
+from mlxq.report import build_report, source_facts, write_report
+from mlxq.runtime import peak_rss_bytes
+from mlxq.sources.resolve import resolve
+from mlxq.sources.safetensors import read_file_header
+from mlxq.writer import PartialFolder
+
+
+@dataclass(frozen=True)
+class Options:
+    """How the weights of the source are read.
+
+    ``requantize`` reads already quantized modules as numbers; ``dequantize`` writes them so; ``keep_quantization``
+    carries GGUF blocks over exactly; ``trust_remote_code`` lets ``mlx_lm`` run a model file of the repository.
+    """
+
+    requantize: bool = False
+    dequantize: bool = False
+    keep_quantization: bool = False
+    trust_remote_code: bool = False
+
+    def as_dict(self) -> dict[str, bool]:
+        """As ``mlxq.json`` records them."""
+        return {
+            "requantize": self.requantize,
+            "dequantize": self.dequantize,
+            "keep_quantization": self.keep_quantization,
+            "trust_remote_code": self.trust_remote_code,
+        }
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """An interrupted run was found: ``step_count`` parameters were finished, or it was of another plan."""
+
+    step_count: int
+    discarded: bool
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The output stands under its name; ``report`` is what its ``mlxq.json`` holds."""
+
+    out: Path
+    report: dict[str, Any]
+
+
+def prepare(recipe: Recipe, model: str, options: Options) -> Plan:
+    """Everything up to the plan, from headers only."""
+    source = resolve(model)
+    architecture = bind(source, trust_remote_code=options.trust_remote_code)
+    return make_plan(
+        source,
+        recipe,
+        architecture,
+        requantize=options.requantize,
+        dequantize=options.dequantize,
+        keep_quantization=options.keep_quantization,
+    )
+
+
+def default_output(recipe: Recipe, model: str) -> Path:
+    """``./<model>-<recipe>``, where neither the recipe nor the command line names a folder."""
+    from mlxq.sources.gguf import sample_path
+
+    name = sample_path().stem if model == "sample" else Path(model.partition("@")[0]).name.removesuffix(".gguf")
+    return Path(f"{name}-{recipe.name}")
+
+
+def run(plan: Plan, out: Path, options: Options, *, force: bool = False) -> Iterator[Progress | Resumed | Finished]:
+    """Write ``plan`` to ``out``, yielding progress; the last event is ``Finished``.
+
+    Raises BadInputError where ``out`` exists and ``force`` is not given, MlxqError where the run fails; what is
+    finished by then stays in ``out.partial`` and the same call continues from it.
+    """
+    began = time.perf_counter()
+    with PartialFolder(plan, out, force=force) as partial:
+        if partial.found.done or partial.found.discarded:
+            yield Resumed(len(partial.found.done), partial.found.discarded, partial.folder)
+        yield from execute(plan, partial, trust_remote_code=options.trust_remote_code)
+        executed = time.perf_counter()
+        peak = peak_rss_bytes()
+        partial.write_sidecars()
+        (partial.folder / "README.md").write_text(card_text(plan, out.name), encoding="utf-8")
+        verify(plan, partial.folder, trust_remote_code=options.trust_remote_code)
+        verified = time.perf_counter()
+        timings = {"execute": executed - began, "verify": verified - executed}
+        size = measure_size(partial.folder)
+        report = build_report(plan, size, options.as_dict(), timings, peak, partial.folder)
+        write_report(report, partial.folder)
+        partial.publish()
+    yield Finished(out, report)
+
+
+def verify(plan: Plan, folder: Path, *, trust_remote_code: bool = False) -> None:
+    """Check a written folder against its plan: headers, sizes, and that ``mlx_lm`` takes it.
+
+    Raises MlxqError at the first difference.
+    """
+    planned = {spec.name: spec for step in plan.steps for spec in step.outputs}
+    found = {}
+    for shard in plan.shards:
+        file = folder / shard.file
+        if file.stat().st_size != shard.nbytes:
+            raise MlxqError(f"{file} has {file.stat().st_size:,} bytes where {shard.nbytes:,} were planned")
+        found.update({tensor.spec.name: tensor.spec for tensor in read_file_header(file)})
+    if found != planned:
+        wrong = sorted(set(found.items()) ^ set(planned.items()), key=lambda item: item[0])[0][0]
+        raise MlxqError(f"{folder}: tensor {wrong} is not what was planned")
+    try:
+        open_lazily(folder, str(folder), trust_remote_code=trust_remote_code)
+    except BadInputError as exc:
+        raise MlxqError(f"the output does not load: {exc.message}", f"It is kept in {folder} for a look.") from exc
+
+
+def prepare_locked(report: dict[str, Any], model: str | None) -> tuple[Plan, Options]:
+    """The plan that an ``mlxq.json`` records, on the same source.
+
+    Raises BadInputError where the source is no longer the one recorded.
+    """
+    recorded = report["source"]
+    options = Options(**report["options"])
+    name = model or recorded["name"]
+    if model is None and recorded["revision"] and recorded["base_model"]:
+        name = f"{recorded['base_model']}@{recorded['revision']}"
+    plan = prepare(recipe_from_dict(report["recipe"]["resolved"], report["recipe"]["name"]), name, options)
+    now = source_facts(plan.source)
+    if now["headers_sha256"] != recorded["headers_sha256"]:
+        raise BadInputError(
+            f"{name} is not the model that was quantized: its tensors differ",
+            f"Name the original with --model ({recorded['name']}, revision {recorded['revision'] or 'unknown'}).",
+        )
+    return plan, options
+
+
+def differing_files(report: dict[str, Any], locked: dict[str, Any]) -> tuple[str, ...]:
+    """Files of a rebuilt folder whose bytes differ from those recorded; the card carries the folder's name."""
+    skipped = {"README.md"}
+    return tuple(
+        name
+        for name, facts in locked["files"].items()
+        if name not in skipped and report["files"].get(name, {}).get("sha256") != facts["sha256"]
+    )

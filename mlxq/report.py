@@ -1,0 +1,130 @@
+"""``mlxq.json``: what was done to a model, why, and what came out. Every table and card is drawn from it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mlxq import __version__
+from mlxq.architecture import encode_header
+from mlxq.errors import BadInputError
+from mlxq.metrics.size import Size
+from mlxq.plan import Decision, Plan
+from mlxq.sources.base import ModelSource
+from mlxq.sources.safetensors import read_json
+from mlxq.writer import sha256_file
+
+FILE_NAME = "mlxq.json"
+SCHEMA_VERSION = 1
+
+
+def source_facts(source: ModelSource) -> dict[str, Any]:
+    """Where the weights came from; ``headers_sha256`` identifies the checkpoint's names, dtypes and shapes."""
+    header = encode_header(sorted(source.tensors.values(), key=lambda spec: spec.name), {})
+    return {
+        "name": source.name,
+        "kind": source.kind,
+        "base_model": source.base_model,
+        "revision": source.revision,
+        "stored_bytes": source.stored_bytes,
+        "headers_sha256": hashlib.sha256(header).hexdigest(),
+    }
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """The plan as data: what ``--dry-run --json`` prints and ``mlxq.json`` keeps."""
+    recipe = plan.recipe
+    return {
+        "source": source_facts(plan.source),
+        "recipe": {"name": recipe.name, "text": recipe.text, "resolved": recipe.resolved()},
+        "weight_bytes": plan.weight_bytes,
+        "file_bytes": plan.file_bytes,
+        "files": {shard.file: shard.nbytes for shard in plan.shards},
+        "parameter_count": plan.parameter_count,
+        "bits_per_weight": plan.bits_per_weight,
+        "modules": [_module(decision) for decision in plan.decisions],
+        "notes": list(plan.notes),
+    }
+
+
+def _module(decision: Decision) -> dict[str, Any]:
+    return {
+        "path": decision.path,
+        "shape": list(decision.shape),
+        "dtype": decision.dtype,
+        "format": decision.format.as_config() if decision.format else None,
+        "decided_by": decision.by,
+        "also_matched": list(decision.also),
+        "model_asks": decision.asked,
+        "note": decision.note,
+        "nbytes": decision.nbytes,
+    }
+
+
+def build_report(
+    plan: Plan, size: Size, options: Mapping[str, bool], timings: Mapping[str, float], peak_memory_bytes: int, folder: Path
+) -> dict[str, Any]:
+    """Everything ``mlxq.json`` holds, with a SHA-256 of every file of ``folder``. Timings are in seconds."""
+    facts = plan_facts(plan)
+    return {
+        "schema": "mlxq.report",
+        "schema_version": SCHEMA_VERSION,
+        "versions": versions(),
+        "source": facts["source"],
+        "recipe": facts["recipe"],
+        "options": dict(options),
+        "modules": facts["modules"],
+        "notes": facts["notes"],
+        "metrics": {
+            "size_bytes": size.size_bytes,
+            "weight_bytes": size.weight_bytes,
+            "parameter_count": size.parameter_count,
+            "bits_per_weight": size.bits_per_weight,
+            "source_bytes": plan.source.stored_bytes,
+            "peak_memory_bytes": peak_memory_bytes,
+        },
+        "timings_s": dict(timings),
+        "files": hash_files(folder),
+    }
+
+
+def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a finished folder but ``mlxq.json`` itself and the work files."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    skipped = {FILE_NAME, "journal.jsonl", "lock"}
+    files = sorted(f for f in folder.iterdir() if f.is_file() and f.name not in skipped)
+    with ThreadPoolExecutor(2) as pool:
+        digests = pool.map(sha256_file, files)
+        return {f.name: {"bytes": f.stat().st_size, "sha256": d} for f, d in zip(files, digests, strict=True)}
+
+
+def versions() -> dict[str, str]:
+    """Versions of everything that touches the weights."""
+    from importlib.metadata import version
+
+    return {"mlxq": __version__, **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")}}
+
+
+def write_report(report: Mapping[str, Any], folder: Path) -> None:
+    """Write ``mlxq.json`` so that a reader sees the old or the new one, never half."""
+    temporary = folder / (FILE_NAME + ".new")
+    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / FILE_NAME)
+
+
+def read_report(file: Path) -> dict[str, Any]:
+    """Read a ``mlxq.json``. Raises BadInputError where it is not one, or a newer one than this mlxq knows."""
+    if not file.is_file():
+        raise BadInputError(f"no such file: {file}", "Name the mlxq.json beside a model that mlxq wrote.")
+    report = read_json(file)
+    if report.get("schema") != "mlxq.report":
+        raise BadInputError(f"{file} is not an mlxq report")
+    if int(report.get("schema_version", 0)) > SCHEMA_VERSION:
+        raise BadInputError(f"{file} was written by a newer mlxq ({report['versions']['mlxq']})", "Update mlxq.")
+    return report
+

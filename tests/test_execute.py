@@ -1,0 +1,133 @@
+"""Interrupted runs continue and end in the same bytes; nothing half-written looks finished."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx_lm
+import pytest
+
+from mlxq.errors import BadInputError, MlxqError
+from mlxq.execute import Progress, blocks_of
+from mlxq.pipeline import Finished, Options, Resumed, prepare, run
+from mlxq.plan import Plan
+from mlxq.recipe import load_recipe
+from mlxq.writer import sha256_file
+from tests.checkpoints import llama
+
+OPTIONS = Options()
+
+
+def plan_of(model: Path) -> Plan:
+    return prepare(load_recipe("4bit"), str(model), OPTIONS)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    return {f.name: sha256_file(f) for f in folder.iterdir() if f.name not in ("mlxq.json", "README.md")}
+
+
+def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path: Path) -> None:
+    plan = plan_of(llama(tmp_path / "model", shards=2))
+    *_, whole = run(plan, tmp_path / "whole", OPTIONS)
+    assert isinstance(whole, Finished)
+    events = run(plan, tmp_path / "out", OPTIONS)
+    finished = 0
+    for event in events:
+        finished += isinstance(event, Progress) and event.finished is not None
+        if finished == 5:
+            break
+    events.close()
+    assert not (tmp_path / "out").exists()
+    resumed, *_, last = run(plan, tmp_path / "out", OPTIONS)
+    assert isinstance(resumed, Resumed)
+    assert resumed.step_count >= 5
+    assert not resumed.discarded
+    assert isinstance(last, Finished)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_kill_9_leaves_a_partial_folder_that_the_same_command_finishes(tmp_path: Path) -> None:
+    llama(tmp_path / "model", hidden_size=512, intermediate_size=1024, num_hidden_layers=24)
+    command = [sys.executable, "-m", "mlxq", "quantize", "8bit", "--model", "model", "-o", "out", "--no-generate"]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    while process.poll() is None and not (journal.is_file() and journal.read_bytes().count(b"\n") > 3):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if not (tmp_path / "out").exists():
+        assert (tmp_path / "out.partial").is_dir()
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([*command[:-3], "-o", "whole", "--no-generate"], cwd=tmp_path, check=True, capture_output=True)
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_work_on_another_plan_is_not_mixed_in(tmp_path: Path) -> None:
+    plan = plan_of(llama(tmp_path / "model"))
+    events = run(plan, tmp_path / "out", OPTIONS)
+    next(e for e in events if isinstance(e, Progress) and e.finished)
+    events.close()
+    other = prepare(load_recipe("8bit"), str(tmp_path / "model"), OPTIONS)
+    resumed, *_ = run(other, tmp_path / "out", OPTIONS)
+    assert isinstance(resumed, Resumed)
+    assert resumed.discarded
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]["bits"] == 8
+
+
+def test_an_existing_output_is_untouched_without_force(tmp_path: Path) -> None:
+    plan = plan_of(llama(tmp_path / "model"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    with pytest.raises(BadInputError, match="already exists"):
+        next(run(plan, tmp_path / "out", OPTIONS))
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+    *_, last = run(plan, tmp_path / "out", OPTIONS, force=True)
+    assert isinstance(last, Finished)
+    assert not (tmp_path / "out" / "mine").exists()
+
+
+def test_two_runs_cannot_write_the_same_folder(tmp_path: Path) -> None:
+    plan = plan_of(llama(tmp_path / "model"))
+    first = run(plan, tmp_path / "out", OPTIONS)
+    next(first)
+    with pytest.raises(BadInputError, match="right now"):
+        next(run(plan, tmp_path / "out", OPTIONS))
+    first.close()
+
+
+def test_a_source_cut_short_while_reading_fails_and_is_never_published(tmp_path: Path) -> None:
+    model = llama(tmp_path / "model")
+    plan = plan_of(model)
+    os.truncate(model / "model.safetensors", 20_000)
+    with pytest.raises(MlxqError, match="shorter"):
+        list(run(plan, tmp_path / "out", OPTIONS))
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_file_is_hashed_and_sidecars_are_byte_copies(tmp_path: Path) -> None:
+    model = llama(tmp_path / "model")
+    *_, last = run(plan_of(model), tmp_path / "out", OPTIONS)
+    assert isinstance(last, Finished)
+    recorded = json.loads((tmp_path / "out" / "mlxq.json").read_text())["files"]
+    present = {f.name for f in (tmp_path / "out").iterdir()} - {"mlxq.json"}
+    assert set(recorded) == present
+    assert all(facts["sha256"] == sha256_file(tmp_path / "out" / name) for name, facts in recorded.items())
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (model / name).read_bytes()
+    loaded, tokenizer = mlx_lm.load(str(tmp_path / "out"))
+    assert isinstance(mlx_lm.generate(loaded, tokenizer, prompt="abc", max_tokens=3), str)
+
+
+def test_blocks_cover_every_row_once(tmp_path: Path) -> None:
+    plan = plan_of(llama(tmp_path / "model", vocab_size=96))
+    for step in plan.steps:
+        blocks = blocks_of(step)
+        rows = [row for block in blocks for row in range(block.start, block.stop)]
+        assert rows == list(range(step.spec.rows))
