@@ -77,8 +77,8 @@ def _handhelds() -> tuple[Device, ...]:
 def find_device(name: str) -> Device:
     """The device a person means by ``m4-max-64gb``, ``mac-m4.metal``, ``mac-m4`` or ``iphone-8gb``.
 
-    Case, blanks and underscores do not matter. Raises BadInputError where there is none, with the closest names,
-    or where a chip is named without its memory.
+    Case, blanks and underscores do not matter. Raises BadInputError where there is none, with the closest
+    names, or where a chip is named without its memory.
     """
     asked = "-".join(name.lower().replace("_", " ").replace("-", " ").split())
     by_name = {device.name.removesuffix(".metal"): device for device in devices()}
@@ -100,8 +100,8 @@ def find_device(name: str) -> Device:
 def this_machine() -> Device:
     """The machine this runs on.
 
-    On a Mac: its chip and memory, bandwidth from the table where the pair is in it, and the GPU's share as set by
-    ``iogpu.wired_limit_mb``, else the table's. Elsewhere: all of its memory, bandwidth unknown.
+    On a Mac: its chip and memory, bandwidth from the table where the pair is in it, and the GPU's share as
+    set by ``iogpu.wired_limit_mb``, else the table's. Elsewhere: all of its memory, bandwidth unknown.
     """
     if sys.platform == "darwin":
         brand, memory = _sysctl("machdep.cpu.brand_string"), int(_sysctl("hw.memsize") or 0)

@@ -151,9 +151,11 @@ def kv_cache_bytes(config: Mapping[str, Any], context: int, *, item_bytes: int =
     Per layer, by its kind, with T = context rounded up to ``CACHE_STEP``:
 
     - attention: T * kv_heads * (head_dim + v_head_dim);
-    - latent attention (``kv_lora_rank``): T * (kv_lora_rank + qk_rope_head_dim), plus 2 * T * index_head_dim where
-      it has an indexer; ``deepseek_v2`` and ``minicpm3`` are cached as heads * (qk_nope + qk_rope + v_head_dim);
-    - sliding attention, in the families that ``mlx_lm`` keeps rotating caches for: as attention, T at most the window;
+    - latent attention (``kv_lora_rank``): T * (kv_lora_rank + qk_rope_head_dim), plus 2 * T * index_head_dim
+      where it has an indexer; for ``deepseek_v2`` and ``minicpm3``, which ``mlx_lm`` caches expanded,
+      T * heads * (qk_nope_head_dim + qk_rope_head_dim + v_head_dim);
+    - sliding attention, in the families that ``mlx_lm`` keeps rotating caches for: as attention, with T at
+      most the window;
     - state-space, linear attention and short convolutions: constant, counted in fp32 (an upper bound);
     - layers that share another's cache (``num_kv_shared_layers``), MLP-only layers: nothing.
     """
@@ -307,8 +309,9 @@ def _state_numbers(config: Mapping[str, Any]) -> int:
 def overhead_bytes(config: Mapping[str, Any], context: int) -> int:
     """Memory beside weights and cache: ``BASE_OVERHEAD_BYTES`` and the activations of one prefill chunk.
 
-    Of a chunk of at most ``PREFILL_STEP`` tokens, one layer's hidden states, projections (8 widths) and MLP (3 inner
-    widths, times the experts of a token) are alive at once, in 16 bits; and one row of fp32 logits, twice.
+    Of a chunk of at most ``PREFILL_STEP`` tokens, one layer's hidden states, projections (8 widths) and MLP
+    (3 inner widths, times the experts of a token) are alive at once, in 16 bits; and one row of fp32 logits,
+    twice.
     """
     config = text_config(config)
     width = first_int(config, "hidden_size", "n_embd", "d_model", "model_dim") or 0
@@ -350,8 +353,8 @@ def fit(
 ) -> Fit:
     """Does a model of ``weight_bytes`` run on ``device`` with ``context`` tokens?
 
-    ``decode_tps_ceiling`` = bandwidth / (bytes read per token + the cache): the most that memory allows, never
-    reached. ``read_bytes`` is what one token reads of the weights (fewer than all with experts); all by default.
+    ``decode_tps_ceiling`` = bandwidth / (bytes read per token + the cache): the most that memory allows,
+    never reached. ``read_bytes`` is what one token reads of the weights, by default all (fewer with experts).
     """
     cache, overhead = kv_cache_bytes(config, context), overhead_bytes(config, context)
     needed = weight_bytes + cache + overhead
@@ -370,7 +373,7 @@ def estimate(inspection: Inspection, recipe: Recipe) -> Estimate:
     """Predict what ``recipe`` would write, from headers alone and without asking MLX what the model is.
 
     Exact where the checkpoint's names and shapes are those of the MLX model, else near: which modules can be
-    quantized is guessed from names, and what the model itself asks for (a router at 8 bits) is not known here.
+    quantized is guessed from names, and what the model itself asks for (a router at 8 bits) is not known.
     Rules that match nothing are passed over.
     """
     modules = [module for module in inspection.modules if module.kept]
@@ -396,8 +399,10 @@ def estimate(inspection: Inspection, recipe: Recipe) -> Estimate:
 
 
 def declared_dtype(config: Mapping[str, Any]) -> str | None:
-    """The dtype ``mlx_lm`` casts to where nothing else is said: ``torch_dtype``, else the text model's
-    ``dtype``.""" nested = config.get("text_config")
+    """The dtype ``mlx_lm`` casts to where nothing else is said: ``torch_dtype``, else the text
+    model's ``dtype``.
+    """
+    nested = config.get("text_config")
     declared = config.get("torch_dtype") or (nested.get("dtype") if isinstance(nested, Mapping) else None)
     return declared if declared in DTYPE_BY_NAME else None
 

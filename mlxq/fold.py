@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+Attributes = TypeVar("Attributes", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Folded:
+class Folded(Generic[Attributes]):
     """Rows that differ in the layer number alone.
 
     ``path`` has the layers as ranges, ``members`` the paths as they were, ``count`` how many there are.
     """
 
     path: str
-    attributes: Hashable
+    attributes: Attributes
     count: int
     members: tuple[str, ...]
 
 
-def fold(rows: Sequence[tuple[str, Hashable]]) -> tuple[Folded, ...]:
+def fold(rows: Sequence[tuple[str, Attributes]]) -> tuple[Folded[Attributes], ...]:
     """Fold ``(path, attributes)`` rows over the layer number, in order of first appearance.
 
     The layer number is the first component of a path that is a number. Rows fold where all else in the path
     and the attributes are equal.
     """
-    groups: dict[tuple[str, str | None, Hashable], list[tuple[str, int]]] = {}
+    groups: dict[tuple[str, str | None, Attributes], list[tuple[str, int]]] = {}
     for path, attributes in rows:
         head, layer, tail = _split(path)
         groups.setdefault((head, tail, attributes), []).append((path, layer))

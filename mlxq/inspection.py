@@ -115,8 +115,8 @@ class TokenizerFacts:
 class Inspection:
     """Everything the headers tell. Parameter counts are of the language model, as MLX runs it.
 
-    ``dtypes`` maps stored dtypes to bytes. ``embedding`` is the path of the token embedding, ``tied_head`` the same
-    where it also serves as the head. ``kv_cache_bytes`` is for ``context`` tokens.
+    ``dtypes`` maps stored dtypes to bytes. ``embedding`` is the path of the token embedding, ``tied_head``
+    the same where it also serves as the head. ``kv_cache_bytes`` is for ``context`` tokens.
     """
 
     name: str
@@ -274,7 +274,9 @@ def _logical(
     path: str, part: str, spec: TensorSpec, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]
 ) -> tuple[tuple[int, ...], int, Format | None]:
     """Shape in numbers, bits each number takes, and the MLX format, of a tensor that may hold packed
-    words.""" hf = config.get("quantization_config") or {}
+    words.
+    """
+    hf = config.get("quantization_config") or {}
     bits = DTYPE_BITS[spec.dtype]
     if part == "weight" and spec.dtype == "U32" and "scales" in specs and config.get("quantization"):
         fmt = _mlx_format(path, config["quantization"])
@@ -396,8 +398,8 @@ def _json_sidecar(sidecars: Mapping[str, Path | bytes], name: str) -> dict[str, 
 def encode_text(source: ModelSource, text: str) -> Encoding:
     """Encode ``text`` as the model would see it, special tokens included.
 
-    Uses ``tokenizers`` on ``tokenizer.json``, and ``transformers`` only where there is none. Raises BadInputError
-    where the model has no tokenizer or it cannot be opened.
+    Uses ``tokenizers`` on ``tokenizer.json``, and ``transformers`` only where there is none. Raises
+    BadInputError where the model has no tokenizer or it cannot be opened.
     """
     content = source.sidecars.get("tokenizer.json")
     if content is None:

@@ -23,7 +23,7 @@ _LONGEST_SLICE = 64
 
 @dataclass(frozen=True)
 class Match:
-    """What decided a module: index of the rule, or None for the default; ``also`` are later rules that match."""
+    """What decided a module: a rule's index, None for the default; ``also`` are later rules that match."""
 
     path: str
     rule: int | None
@@ -114,9 +114,9 @@ def assign(
 ) -> tuple[tuple[Match, ...], tuple[str, ...]]:
     """Which rule decides each of ``paths``, and one line for each fault of the rules against this model.
 
-    The first rule that matches decides. Faults: a pattern that matches nothing, with the closest module names;
-    a rule whose layers hold none of what it matches; a rule that decides nothing because earlier ones take all
-    it matches. ``optional`` silences the first two, ``inherited`` (a child recipe may override it) the last.
+    The first rule that matches decides. Faults: a pattern that matches nothing, with the closest module
+    names; a rule whose layers hold none of what it matches; a rule that decides nothing because earlier ones
+    take all it matches. ``optional`` silences the first two, ``inherited`` (a child overrides it) the last.
 
     ``tied_head`` is the path of the embedding where the model has no ``lm_head`` of its own: the literal
     pattern ``lm_head``, and no glob or regular expression, then means that path.
@@ -170,10 +170,8 @@ def _modules_of(
 
 def _shadowed(rule: Rule, count: int, earlier: Iterable[Rule]) -> str:
     by = ", ".join(f"{other.where} ({', '.join(other.patterns)})" for other in earlier)
-    what = "the 1 module" if count == 1 else f"all {count} modules"
-    return f"{rule.where}: never decides; {what} it matches are taken before it by {by}".replace(
-        "the 1 module it matches are", "the 1 module it matches is"
-    )
+    what = "the module it matches is" if count == 1 else f"all {count} modules it matches are"
+    return f"{rule.where}: never decides anything; {what} taken by {by}, and the first match wins"
 
 
 def _closest(pattern: str, paths: Sequence[str]) -> str:

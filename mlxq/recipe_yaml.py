@@ -35,7 +35,7 @@ class YamlFault:
 
 @dataclass(frozen=True)
 class Document:
-    """A recipe file as read. ``lines`` has the line of every key and list item; ``data`` is {} where unreadable."""
+    """A recipe file as read: ``data`` ({} where unreadable) and the line of every key and list item in it."""
 
     text: str
     data: dict[str, Any]
@@ -70,7 +70,9 @@ def parse_document(text: str) -> Document:
         if node is None:
             return _unreadable(text, None, "is empty; a recipe is a mapping such as `default: {bits: 4}`")
         if not isinstance(node, yaml.MappingNode):
-            return _unreadable(text, _line(node), f"is a {node.id}; a recipe is a mapping of keys to values")
+            return _unreadable(
+                text, _line(node), f"is a {_shape(node)}; a recipe is a mapping of keys to values"
+            )
         walk = _Walk()
         data = walk.value(node, ())
     except yaml.MarkedYAMLError as error:
@@ -118,12 +120,28 @@ def _line(node: yaml.Node) -> int:
     return int(node.start_mark.line) + 1
 
 
+def _shape(node: yaml.Node) -> str:
+    if isinstance(node, yaml.SequenceNode):
+        return "list"
+    return "mapping" if isinstance(node, yaml.MappingNode) else "single value"
+
+
+class _Refusal(yaml.MarkedYAMLError):
+    """YAML that is valid and still no recipe."""
+
+    def __init__(self, problem: str, at: yaml.Node | yaml.Event) -> None:
+        mark: Any = at.start_mark
+        super().__init__(problem=problem, problem_mark=mark)
+
+
 def _error_line(error: yaml.MarkedYAMLError) -> int | None:
     mark = error.problem_mark or error.context_mark
     return None if mark is None else int(mark.line) + 1
 
 
 def _explain(error: yaml.MarkedYAMLError, text: str) -> str:
+    if isinstance(error, _Refusal):
+        return str(error.problem)
     lines = text.splitlines()
     line = _error_line(error)
     if line is not None and line <= len(lines) and "\t" in lines[line - 1]:
@@ -141,9 +159,7 @@ def _compose(text: str) -> yaml.Node | None:
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
             if documents > 1:
-                raise yaml.MarkedYAMLError(
-                    problem="a second document starts here", problem_mark=event.start_mark
-                )
+                raise _Refusal("holds a second document; a recipe is one", event)
         elif isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):
@@ -151,11 +167,9 @@ def _compose(text: str) -> yaml.Node | None:
         elif isinstance(event, yaml.AliasEvent):
             aliases += 1
         if depth > _DEEPEST:
-            problem = f"values are nested more than {_DEEPEST} deep"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            raise _Refusal(f"values are nested more than {_DEEPEST} deep", event)
         if aliases > _MOST_ALIASES:
-            problem = f"more than {_MOST_ALIASES} aliases"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
+            raise _Refusal(f"there are more than {_MOST_ALIASES} aliases", event)
     node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
     return node
 
@@ -171,13 +185,10 @@ class _Walk:
 
     def value(self, node: yaml.Node, path: KeyPath) -> Any:
         self._seen += 1
-        if self._seen > _MOST_VALUES or len(path) > _DEEPEST:
-            problem = (
-                "aliases make it unreasonably large"
-                if self._seen > _MOST_VALUES
-                else "an alias is inside itself"
-            )
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        if self._seen > _MOST_VALUES:
+            raise _Refusal(f"its aliases expand to more than {_MOST_VALUES} values", node)
+        if len(path) > _DEEPEST:
+            raise _Refusal("an alias is inside itself or nests too deep", node)
         self.lines.setdefault(path, _line(node))
         if isinstance(node, yaml.MappingNode):
             return {key: self.value(child, (*path, key)) for key, child in self._items(node, path)}
@@ -194,7 +205,7 @@ class _Walk:
                 continue
             key = key_node.value if isinstance(key_node, yaml.ScalarNode) else None
             if key is None:
-                self.faults.append(YamlFault(line, path, f"a {key_node.id} can't be a key"))
+                self.faults.append(YamlFault(line, path, f"a {_shape(key_node)} can't be a key"))
                 continue
             if key in first_line:
                 message = f"duplicate key; it is already on line {first_line[key]}"
@@ -209,6 +220,6 @@ class _Walk:
         if node.tag in _NUMERIC_TAGS and ":" in node.value:
             return str(node.value)
         try:
-            return self._scalars.construct_object(node)  # type: ignore[no-untyped-call]
+            return self._scalars.construct_object(node)
         except ValueError as error:  # !!int x, 2020-13-45
-            raise yaml.MarkedYAMLError(problem=str(error), problem_mark=node.start_mark) from None
+            raise _Refusal(str(error), node) from None

@@ -50,9 +50,9 @@ class Environment:
 def load_blas() -> BlasInfo:
     """Give MLX's CPU backend an optimised BLAS, where it has none and it is not too late.
 
-    The Linux CPU wheel of MLX carries a reference BLAS. A library loaded earlier with ``RTLD_GLOBAL`` answers for
-    its symbols, so this must run before ``mlx.core`` is imported. Takes OpenBLAS from ``cmeel-openblas``, else the
-    system's. Does nothing where MLX has a GPU (macOS, CUDA). Never raises.
+    The Linux CPU wheel of MLX carries a reference BLAS. A library loaded earlier with ``RTLD_GLOBAL`` answers
+    for its symbols, so this must run before ``mlx.core`` is imported. Takes OpenBLAS from ``cmeel-openblas``,
+    else the system's. Does nothing where MLX has a GPU (macOS, CUDA). Never raises.
     """
     if sys.platform == "darwin":
         return BlasInfo("Accelerate", None, "MLX is linked to Apple's own")
@@ -77,8 +77,9 @@ def load_blas() -> BlasInfo:
             return BlasInfo("OpenBLAS", library, "loaded for MLX's CPU backend")
     if fault:
         return BlasInfo("built in", None, f"OpenBLAS does not load: {fault}")
-    return BlasInfo("built in", None, "no OpenBLAS found; pip install cmeel-openblas makes fp32 ten times
-    faster")
+    return BlasInfo(
+        "built in", None, "no OpenBLAS found; pip install cmeel-openblas makes fp32 ten times faster"
+    )
 
 
 # Libraries that load_blas() made global in this process. Others may be mapped privately (numpy, opencv ship
@@ -102,24 +103,28 @@ def _load_fault(library: str) -> str | None:
 def _lend_gfortran() -> bool:
     """Make ``libgfortran.so.5``, which ``cmeel-openblas`` needs, of the copy that MLX's own wheel carries.
 
-    Many systems have none. The wheel's has a hash in its name, and the loader goes by the name inside the file, so
-    load a copy, held in memory, whose inside name is the usual one.
+    Many systems have none. The wheel's has a hash in its name, and the loader goes by the name inside the
+    file, so load a copy, held in memory, whose inside name is the usual one.
     """
     libraries = Path(sysconfig.get_paths()["platlib"]) / "mlx_cpu.libs"
     carried = next(iter(sorted(libraries.glob("libgfortran-*.so.5*"))), None)
     if sys.platform != "linux" or carried is None:
         return False
     renamed = b"libgfortran.so.5"
-    image = carried.read_bytes().replace(carried.name.encode(), renamed.ljust(len(carried.name), b"\0"))
+    name, image = carried.name.encode() + b"\0", carried.read_bytes()
+    if image.count(name) != 1:
+        return False
+    image = image.replace(name, renamed.ljust(len(name), b"\0"))
     for needed in libraries.glob("libquadmath-*"):
         _load_fault(str(needed))
-    descriptor = os.memfd_create("libgfortran")
     try:
-        with open(descriptor, "wb", closefd=False) as file:
-            file.write(image)
+        descriptor = os.memfd_create("libgfortran")
+    except OSError:
+        return False
+    with open(descriptor, "wb") as file:
+        file.write(image)
+        file.flush()
         return _load_fault(f"/proc/self/fd/{descriptor}") is None
-    finally:
-        os.close(descriptor)
 
 
 def _cuda_package() -> str | None:

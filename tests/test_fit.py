@@ -1,0 +1,160 @@
+"""Memory arithmetic, held against the caches that ``mlx_lm`` really makes."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+
+from mlxq.devices import Device
+from mlxq.fit import active_share, fit, kv_cache_bytes, overhead_bytes
+
+DENSE = {
+    "hidden_size": 64,
+    "num_hidden_layers": 4,
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+}
+
+DEEPSEEK = {
+    **DENSE,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 32,
+    "kv_lora_rank": 24,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": None,
+    "first_k_dense_replace": 4,
+    "rope_scaling": None,
+}
+del DEEPSEEK["head_dim"]
+
+QWEN3_NEXT = {
+    **DENSE,
+    "full_attention_interval": 4,
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_conv_kernel_dim": 4,
+    "num_experts": 0,
+    "num_experts_per_tok": 0,
+    "decoder_sparse_step": 1,
+    "shared_expert_intermediate_size": 0,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 0,
+    "partial_rotary_factor": 0.25,
+}
+
+MAMBA2 = {
+    "num_heads": 8,
+    "head_dim": 16,
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "state_size": 16,
+    "num_hidden_layers": 4,
+    "layer_norm_epsilon": 1e-5,
+    "conv_kernel": 4,
+    "n_groups": 1,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "tie_word_embeddings": True,
+    "time_step_limit": [0.0, 1e9],
+    "time_step_rank": 4,
+    "ssm_state_size": 16,
+    "max_position_embeddings": 256,
+}
+
+# Exact where every layer attends; where layers keep a state, an upper bound (fp32 throughout).
+EXACT = [
+    ("llama", DENSE),
+    ("llama", {**DENSE, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 256}),
+    ("qwen3", {**DENSE, "sliding_window": 256, "use_sliding_window": False}),
+    ("gemma3_text", {**DENSE, "num_hidden_layers": 7, "sliding_window": 256, "sliding_window_pattern": 6}),
+    ("gemma2", {**DENSE, "sliding_window": 256, "query_pre_attn_scalar": 16}),
+    ("deepseek_v3", DEEPSEEK),
+    ("deepseek_v2", {**DEEPSEEK, "rope_scaling": {"factor": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}}),
+]
+STATEFUL = [("qwen3_next", QWEN3_NEXT), ("mamba2", MAMBA2)]
+
+
+def real_cache_bytes(model_type: str, config: dict[str, Any], tokens: int) -> int:
+    import mlx.core as mx
+    from mlx.utils import tree_map
+    from mlx_lm.models.cache import make_prompt_cache
+
+    module = importlib.import_module(f"mlx_lm.models.{model_type}")
+    model = module.Model(module.ModelArgs.from_dict({"model_type": model_type, **config}))
+    model.update(tree_map(lambda weight: weight.astype(mx.bfloat16), model.parameters()))
+    cache = make_prompt_cache(model)
+    model(mx.zeros((1, tokens), dtype=mx.int32), cache=cache)
+    # As in generation: the next token is what trims a rotating cache to its window.
+    model(mx.zeros((1, 1), dtype=mx.int32), cache=cache)
+    mx.eval([c.state for c in cache])
+    return sum(c.nbytes for c in cache)
+
+
+@pytest.mark.parametrize(("model_type", "config"), EXACT)
+def test_attention_caches_are_what_mlx_lm_makes(model_type: str, config: dict[str, Any]) -> None:
+    stated = {"model_type": model_type, **config}
+    assert kv_cache_bytes(stated, 500) == real_cache_bytes(model_type, config, 499)
+
+
+@pytest.mark.parametrize(("model_type", "config"), STATEFUL)
+def test_states_are_bounded_closely(model_type: str, config: dict[str, Any]) -> None:
+    stated = {"model_type": model_type, **config}
+    real = real_cache_bytes(model_type, config, 499)
+    assert real <= kv_cache_bytes(stated, 500) <= 2 * real
+
+
+def test_a_nested_text_model_is_the_one_that_counts() -> None:
+    nested = {"model_type": "some_vlm", "hidden_size": 1, "text_config": {"model_type": "llama", **DENSE}}
+    assert kv_cache_bytes(nested, 1000) == kv_cache_bytes({"model_type": "llama", **DENSE}, 1000) > 0
+
+
+def test_state_space_models_do_not_grow() -> None:
+    stated = {"model_type": "mamba2", **MAMBA2}
+    assert kv_cache_bytes(stated, 100) == kv_cache_bytes(stated, 100_000)
+
+
+@pytest.mark.parametrize(
+    ("config", "share"),
+    [
+        ({"num_experts_per_tok": 8, "num_experts": 128}, 8 / 128),
+        ({"num_experts_per_tok": 2, "num_local_experts": 8}, 2 / 8),
+        ({"num_experts_per_tok": 6, "n_routed_experts": 64}, 6 / 64),
+        ({"ffn_config": {"moe_top_k": 4, "moe_num_experts": 16}}, 4 / 16),
+        ({"text_config": {"moe_topk": [1, 1], "num_experts": 16}}, 1 / 16),
+        ({"num_experts": 0, "num_experts_per_tok": 0}, 1.0),
+        ({}, 1.0),
+    ],
+)
+def test_active_share_of_experts(config: dict[str, Any], share: float) -> None:
+    assert active_share(config) == share
+
+
+def test_fit_adds_up_and_the_ceiling_is_bandwidth_over_bytes_read() -> None:
+    config = {"model_type": "llama", **DENSE}
+    device = Device("test", "test", 8 << 30, 0.75, 100e9)
+    found = fit(2_000_000_000, config, 4096, device, read_bytes=500_000_000)
+    assert found.kv_cache_bytes == 4 * 4096 * 2 * 32 * 2
+    assert found.needed_bytes == 2_000_000_000 + found.kv_cache_bytes + overhead_bytes(config, 4096)
+    assert found.fits
+    assert found.decode_tps_ceiling == pytest.approx(100e9 / (500_000_000 + found.kv_cache_bytes))
+    assert not fit(6_300_000_000, config, 4096, device).fits
+
+
+def test_no_bandwidth_no_ceiling() -> None:
+    device = Device("test", "test", 8 << 30, 1.0, None)
+    assert fit(1, {"model_type": "llama", **DENSE}, 16, device).decode_tps_ceiling is None

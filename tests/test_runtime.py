@@ -1,0 +1,80 @@
+"""What the machine is. What must happen before ``mlx.core`` is imported runs in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+from mlxq.runtime import environment, free_memory_bytes, load_blas, peak_rss_bytes
+
+linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux wheels carry a reference BLAS")
+
+
+def run(code: str) -> Any:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@linux_only
+@pytest.mark.skipif(find_spec("cmeel") is None, reason="needs cmeel-openblas")
+def test_openblas_is_loaded_first_and_mlx_uses_it() -> None:
+    found = run(
+        "import json, sys\n"
+        "from mlxq.runtime import load_blas\n"
+        "first = load_blas()\n"
+        "early = 'mlx.core' in sys.modules\n"
+        "import ctypes\n"
+        "import mlx.core as mx\n"
+        # The symbol that answers for the whole process, as MLX's libraries see it.
+        "ours = ctypes.CDLL(first.path).cblas_sgemm\n"
+        "everyones = ctypes.CDLL(None).cblas_sgemm\n"
+        "address = lambda f: ctypes.cast(f, ctypes.c_void_p).value\n"
+        "a = mx.arange(12, dtype=mx.float32).reshape(3, 4)\n"
+        "print(json.dumps([first.name, early, address(ours) == address(everyones),"
+        " (a @ a.T).tolist(), load_blas().path == first.path]))"
+    )
+    product = [[14.0, 38.0, 62.0], [38.0, 126.0, 214.0], [62.0, 214.0, 366.0]]
+    assert found == ["OpenBLAS", False, True, product, True]
+
+
+@linux_only
+def test_too_late_is_said_and_changes_nothing() -> None:
+    found = run(
+        "import json\n"
+        "import mlx.core\n"
+        "from mlxq.runtime import load_blas\n"
+        "info = load_blas()\n"
+        "print(json.dumps([info.path, info.note]))"
+    )
+    assert found[0] is None
+    assert found[1]
+
+
+def test_on_a_mac_there_is_nothing_to_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    info = load_blas()
+    assert (info.name, info.path) == ("Accelerate", None)
+
+
+def test_environment_names_versions_and_never_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret_of_a_test")
+    found = environment()
+    assert {"mlxq", "mlx", "mlx-lm", "python"} <= found.versions.keys()
+    assert found.hub_login is True
+    assert "hf_secret" not in repr(found)
+    assert 0 < found.free_memory_bytes <= found.memory_bytes
+    assert found.device in ("cpu", "gpu")
+
+
+def test_peak_memory_is_in_bytes_and_grows() -> None:
+    before = peak_rss_bytes()
+    held = bytearray(b"x" * (200 << 20))
+    grown = peak_rss_bytes()
+    assert len(held) == 200 << 20
+    assert grown >= 200 << 20
+    assert before <= grown < free_memory_bytes() + grown + (64 << 30)
