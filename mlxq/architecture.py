@@ -85,7 +85,11 @@ def bind(source: ModelSource, *, trust_remote_code: bool = False) -> Architectur
     names = {id(array): name for name, array in checkpoint.items()}
     cast = getattr(model, "cast_predicate", None) or (lambda _: True)
     parameters = tuple(
-        Parameter(TensorSpec(path, _dtype_code(array, path), tuple(array.shape)), names.get(id(array)), bool(cast(path)))
+        Parameter(
+            TensorSpec(path, _dtype_code(array, path), tuple(array.shape)),
+            names.get(id(array)),
+            bool(cast(path)),
+        )
         for path, array in tree_flatten(model.parameters())
     )
     leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)

@@ -62,7 +62,9 @@ def front_matter(plan: Plan) -> dict[str, Any]:
             except yaml.YAMLError:
                 loaded = None
             original = loaded if isinstance(loaded, dict) else {}
-    kept = {k: original[k] for k in ("license", "license_name", "license_link", "language") if k in original}
+    kept: dict[str, Any] = {
+        k: original[k] for k in ("license", "license_name", "license_link", "language") if k in original
+    }
     tags = [t for t in original.get("tags") or [] if isinstance(t, str) and t not in {"mlx", "gguf"}]
     matter: dict[str, Any] = {
         "library_name": "mlx",

@@ -87,7 +87,8 @@ class _Lines:
             self.tenth = tenth
             seconds = time.monotonic() - self.began
             rate = done / max(seconds, 1e-9) / 1e6
-            note(f"{self.title} {tenth * 10:3d}%  {done / 1e6:,.0f} of {total / 1e6:,.0f} MB  {rate:,.0f} MB/s  {seconds:.0f} s")
+            amount = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
+            note(f"{self.title} {tenth * 10:3d}%  {amount}  {rate:,.0f} MB/s  {seconds:.0f} s")
 
 
 @contextmanager
@@ -98,7 +99,14 @@ def progress(title: str, *, quiet: bool = False) -> Iterator[Meter]:
     elif not sys.stderr.isatty():
         yield _Lines(title)
     else:
-        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
 
         columns = (
             TextColumn("{task.description}"),
@@ -113,6 +121,8 @@ def progress(title: str, *, quiet: bool = False) -> Iterator[Meter]:
 
             class Bar:
                 def update(self, done: int, total: int, what: str | None) -> None:
-                    bar.update(task, completed=done, total=total, **({"what": what} if what else {}))
+                    bar.update(task, completed=done, total=total)
+                    if what:
+                        bar.update(task, what=what)
 
             yield Bar()

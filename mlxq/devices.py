@@ -86,14 +86,10 @@ def find_device(name: str) -> Device:
         return found
     if asked in _table()["chips"]:
         sizes = [f"{asked}-{gb}gb" for gb in _table()["chips"][asked]["memory"]]
-        raise BadInputError(
-            f"device {name!r} comes with more than one memory size", f"Say which: {', '.join(sizes)}."
-        )
+        raise BadInputError(f"device {name!r} comes with more than one memory size", f"Say which: {', '.join(sizes)}.")
     close = difflib.get_close_matches(asked, [device.name for device in devices()], n=3, cutoff=0.5)
     if not close:
-        raise BadInputError(
-            f"unknown device {name!r}", "Name one such as m4-max-64gb, mac-m4.metal or iphone-8gb."
-        )
+        raise BadInputError(f"unknown device {name!r}", "Name one such as m4-max-64gb, mac-m4.metal or iphone-8gb.")
     raise BadInputError(f"unknown device {name!r}", f"Closest: {', '.join(close)}.")
 
 

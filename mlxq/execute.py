@@ -169,14 +169,15 @@ class _Worker:
         assert step.source is not None
         if step.repacked:
             parts = self.plan.source.read_repacked(step.source, block.start, block.stop)
-            return sum(
-                self._put(spec, memoryview(np.ascontiguousarray(parts[spec.name.rpartition(".")[2]])).cast("B"), block.start)
-                for spec in step.outputs
-            )
+            written = 0
+            for spec in step.outputs:
+                part = np.ascontiguousarray(parts[spec.name.rpartition(".")[2]])
+                written += self._put(spec, part.data.cast("B"), block.start)
+            return written
         rows = self.plan.source.read_rows(step.source, block.start, block.stop)
         stored = self.plan.source.tensors[step.source].dtype
         if step.format is None and stored == step.spec.dtype:
-            return self._put(step.spec, memoryview(np.ascontiguousarray(rows)).cast("B"), block.start)
+            return self._put(step.spec, np.ascontiguousarray(rows).data.cast("B"), block.start)
         return self._encode(to_mlx(rows, stored), step, block.start)
 
     def _write_assembled(self, whole: mx.array, step: Step) -> int:
@@ -270,7 +271,7 @@ def as_bytes(array: mx.array) -> memoryview:
     if flat.dtype == mx.bfloat16:
         flat = flat.view(mx.uint16)
     mx.eval(flat)
-    return memoryview(np.asarray(flat)).cast("B")
+    return np.asarray(flat).data.cast("B")
 
 
 def _explained(exc: BaseException) -> BaseException:

@@ -140,9 +140,7 @@ def layer_count(config: Mapping[str, Any]) -> int | None:
     pattern = config.get("hybrid_override_pattern")
     if pattern:
         return len(pattern)
-    return first_int(
-        config, "num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_transformer_layers"
-    )
+    return first_int(config, "num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_transformer_layers")
 
 
 def kv_cache_bytes(config: Mapping[str, Any], context: int, *, item_bytes: int = 2) -> int:
@@ -230,10 +228,7 @@ def _window(config: Mapping[str, Any]) -> int | None:
 
 def _attention_numbers(config: Mapping[str, Any], index: int, *, sliding: bool) -> int:
     """Numbers that layer ``index`` caches for one token."""
-    heads = (
-        _of_layer(config, index, "num_attention_heads", "n_heads", "n_head", "num_heads", "num_query_heads")
-        or 1
-    )
+    heads = _of_layer(config, index, "num_attention_heads", "n_heads", "n_head", "num_heads", "num_query_heads") or 1
     model_type = str(config.get("model_type"))
     rank, rope = first_int(config, "kv_lora_rank"), first_int(config, "qk_rope_head_dim") or 0
     if rank:
@@ -244,9 +239,7 @@ def _attention_numbers(config: Mapping[str, Any], index: int, *, sliding: bool) 
         indexer = 2 * (first_int(config, "index_head_dim") or 0)
         # Each of these layers holds two attentions.
         return (rank + rope + indexer) * (2 if model_type.startswith("longcat_flash") else 1)
-    kv_heads = (
-        _of_layer(config, index, "num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv") or heads
-    )
+    kv_heads = _of_layer(config, index, "num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv") or heads
     if config.get("multi_query"):
         kv_heads = 1
     width = first_int(config, "hidden_size", "n_embd", "model_dim", "d_model") or 0
@@ -274,8 +267,7 @@ def _state_numbers(config: Mapping[str, Any]) -> int:
     """Numbers that one recurrent layer keeps: its state and the tail of its convolution."""
     width = first_int(config, "hidden_size", "d_model") or 0
     tail = (
-        first_int(config, "conv_kernel", "mamba_d_conv", "d_conv", "linear_conv_kernel_dim", "conv1d_width")
-        or 4
+        first_int(config, "conv_kernel", "mamba_d_conv", "d_conv", "linear_conv_kernel_dim", "conv1d_width") or 4
     ) - 1
     if (value_heads := first_int(config, "linear_num_value_heads")) is not None:
         keys, values = (
@@ -325,9 +317,7 @@ def overhead_bytes(config: Mapping[str, Any], context: int) -> int:
 def experts(config: Mapping[str, Any]) -> int | None:
     """Routed experts of a mixture layer, or None for dense models."""
     config = _expert_config(config)
-    return (
-        first_int(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts") or None
-    )
+    return first_int(config, "num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts") or None
 
 
 def experts_per_token(config: Mapping[str, Any]) -> int | None:
@@ -381,8 +371,7 @@ def estimate(inspection: Inspection, recipe: Recipe) -> Estimate:
     paths = [module.path for module in quantizable]
     decided, _ = assign(recipe.rules, paths, inspection.layer_count, inspection.tied_head)
     wanted: dict[str, Format | None] = {
-        match.path: recipe.default if match.rule is None else recipe.rules[match.rule].format
-        for match in decided
+        match.path: recipe.default if match.rule is None else recipe.rules[match.rule].format for match in decided
     }
     declared = recipe.dtype or declared_dtype(inspection.config)
     share = active_share(inspection.config)

@@ -33,9 +33,7 @@ def fold(rows: Sequence[tuple[str, Attributes]]) -> tuple[Folded[Attributes], ..
         head, layer, tail = _split(path)
         groups.setdefault((head, tail, attributes), []).append((path, layer))
     return tuple(
-        Folded(
-            _folded_path(head, tail, members), attributes, len(members), tuple(path for path, _ in members)
-        )
+        Folded(_folded_path(head, tail, members), attributes, len(members), tuple(path for path, _ in members))
         for (head, tail, attributes), members in groups.items()
     )
 

@@ -166,9 +166,7 @@ def inspect_model(source: ModelSource, context: int) -> Inspection:
     tied = bool(inner.get("tie_word_embeddings", not head))
     modules = tuple(_left_behind(module, layers, tied=tied) for module in modules)
     kept = [module for module in modules if module.kept]
-    embedding = next(
-        (m.path for m in kept if m.path.rpartition(".")[2] in _EMBEDDINGS and len(m.shape) == 2), None
-    )
+    embedding = next((m.path for m in kept if m.path.rpartition(".")[2] in _EMBEDDINGS and len(m.shape) == 2), None)
     total = sum(module.parameters for module in kept)
     routed = sum(module.parameters for module in kept if module.expert)
     dtypes: Counter[str] = Counter()
@@ -220,19 +218,11 @@ def _modules(source: ModelSource) -> tuple[InspectedModule, ...]:
 
 
 def _reading_order(module: InspectedModule) -> tuple[int, list[tuple[int, str]]]:
-    rank = (
-        1
-        if layer_index(module.path) is not None
-        else 0
-        if "emb" in module.path or "wte" in module.path
-        else 2
-    )
+    rank = 1 if layer_index(module.path) is not None else 0 if "emb" in module.path or "wte" in module.path else 2
     return rank, [(int(part), "") if part.isdigit() else (-1, part) for part in module.path.split(".")]
 
 
-def _rows(
-    module: str, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]
-) -> Iterable[InspectedModule]:
+def _rows(module: str, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Iterable[InspectedModule]:
     """The weight of one checkpoint module, and its other parameters."""
     # bitsandbytes hangs its helpers under the weight's own name.
     if module.endswith(".weight") and not specs.keys() - _HELPERS - {
@@ -330,9 +320,7 @@ def _stacked(rows: Iterable[InspectedModule]) -> Iterable[InspectedModule]:
     for (path, shape, _, _), members in groups.items():
         count = len(members)
         first = members[0]
-        yield replace(
-            first, path=path, shape=(count, *shape), parameters=first.parameters * count, expert=True
-        )
+        yield replace(first, path=path, shape=(count, *shape), parameters=first.parameters * count, expert=True)
 
 
 def _left_behind(module: InspectedModule, layers: int, *, tied: bool) -> InspectedModule:
@@ -420,23 +408,15 @@ def encode_text(source: ModelSource, text: str) -> Encoding:
 def _encode_slowly(source: ModelSource, text: str) -> Encoding:
     """As ``encode_text``, for tokenizers that only ``transformers`` can build."""
     if not {"tokenizer.model", "vocab.json", "tokenizer_config.json"} & source.sidecars.keys():
-        raise BadInputError(
-            f"{source.name} has no tokenizer", "Name a folder that holds its tokenizer files."
-        )
+        raise BadInputError(f"{source.name} has no tokenizer", "Name a folder that holds its tokenizer files.")
     if source.weights_folder is None:
-        raise BadInputError(
-            f"{source.name} has no tokenizer.json", "Start from the model's safetensors folder."
-        )
+        raise BadInputError(f"{source.name} has no tokenizer.json", "Start from the model's safetensors folder.")
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.weights_folder)
     except (OSError, ValueError, KeyError, ImportError) as exc:
-        raise BadInputError(
-            f"{source.name}: its tokenizer does not open: {str(exc).splitlines()[0]}"
-        ) from exc
+        raise BadInputError(f"{source.name}: its tokenizer does not open: {str(exc).splitlines()[0]}") from exc
     ids = tokenizer.encode(text)
-    decoded = tokenizer.decode(
-        tokenizer.encode(text, add_special_tokens=False), clean_up_tokenization_spaces=False
-    )
+    decoded = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), clean_up_tokenization_spaces=False)
     return Encoding(tuple(ids), tuple(tokenizer.convert_ids_to_tokens(ids)), decoded, decoded == text)

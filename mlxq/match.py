@@ -129,9 +129,7 @@ def assign(
         if not rule.optional:
             faults += lines
     all_matching = {path: [i for i, found in enumerate(taken) if path in found] for path in paths}
-    result = tuple(
-        Match(path, hits[0] if hits else None, tuple(hits[1:])) for path, hits in all_matching.items()
-    )
+    result = tuple(Match(path, hits[0] if hits else None, tuple(hits[1:])) for path, hits in all_matching.items())
     deciding = {match.rule for match in result}
     for index, found in enumerate(taken):
         if found and index not in deciding and not rules[index].inherited:
@@ -181,12 +179,10 @@ def _closest(pattern: str, paths: Sequence[str]) -> str:
     wanted = max(words, key=len, default="").strip(".")
     width = wanted.count(".") + 1
     tails = {".".join(path.split(".")[-width:]): None for path in paths}
-    near = difflib.get_close_matches(wanted, tails, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(wanted, tails, n=3, cutoff=0.6)
     if not near:
         last = wanted.rpartition(".")[2]
-        near = difflib.get_close_matches(
-            last, {path.rpartition(".")[2]: None for path in paths}, n=3, cutoff=0.5
-        )
+        near = difflib.get_close_matches(last, {path.rpartition(".")[2]: None for path in paths}, n=3, cutoff=0.6)
     return f"; closest: {', '.join(near)}" if near else ""
 
 
@@ -203,9 +199,7 @@ def _matcher(pattern: str) -> Callable[[str], bool]:
 
 
 def _bad_slice(text: str, why: str) -> BadInputError:
-    return BadInputError(
-        f"bad layer slice {text!r}: {why}", 'write a Python slice such as ":4", "-4:" or "n//8+2::3"'
-    )
+    return BadInputError(f"bad layer slice {text!r}: {why}", 'write a Python slice such as ":4", "-4:" or "n//8+2::3"')
 
 
 def _bound(part: str, text: str, n: int) -> int | None:

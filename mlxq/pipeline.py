@@ -1,4 +1,4 @@
-"""The straight line: resolve -> bind -> plan -> execute -> verify -> report. ``convert`` and ``quantize`` both walk it."""
+"""The straight line: resolve -> bind -> plan -> execute -> verify -> report. Every command walks a prefix of it."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def prepare(recipe: Recipe, model: str, options: Options) -> Plan:
 
 def default_output(recipe: Recipe, model: str) -> Path:
     """``./<model>-<recipe>``, where neither the recipe nor the command line names a folder."""
-    from mlxq.sources.gguf import sample_path
-
-    name = sample_path().stem if model == "sample" else Path(model.partition("@")[0]).name.removesuffix(".gguf")
+    name = Path(model.partition("@")[0]).resolve().name.removesuffix(".gguf")
     return Path(f"{name}-{recipe.name}")
 
 

@@ -111,7 +111,9 @@ class Plan:
         for shard in self.shards:
             digest.update(shard.file.encode() + shard.header)
         for step in self.steps:
-            digest.update(f"{step.path} {step.spec} {step.source} {step.format} {step.dequantize} {step.repacked}\n".encode())
+            digest.update(
+                f"{step.path} {step.spec} {step.source} {step.format} {step.dequantize} {step.repacked}\n".encode()
+            )
         for file in self.source.weight_files:
             stat = file.stat()
             digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -157,7 +159,8 @@ def make_plan(
         decisions = {path: _repacked(d, source, architecture) for path, d in decisions.items()}
     if recipe.strict and (unfit := [d for d in decisions.values() if d.note and "width" in d.note]):
         raise RecipeError(
-            tuple(f"{d.path}: {d.note}" for d in unfit), "strict: true forbids this; give these modules a rule of their own."
+            tuple(f"{d.path}: {d.note}" for d in unfit),
+            "strict: true forbids this; give these modules a rule of their own.",
         )
     steps = _steps(architecture, decisions, dtypes, open_up=open_up, repack=keep_quantization)
     if source.weights_folder is None and (unmapped := [s.path for s in steps if s.source is None]):
@@ -167,7 +170,10 @@ def make_plan(
         )
     written = {spec.name: spec for step in steps for spec in step.outputs}
     final = tuple(
-        replace(d, nbytes=sum(written[n].nbytes for part in _QUANTIZED_PARTS if (n := f"{d.path}.{part}") in written))
+        replace(
+            d,
+            nbytes=sum(written[n].nbytes for part in _QUANTIZED_PARTS if (n := f"{d.path}.{part}") in written),
+        )
         for d in decisions.values()
     )
     return Plan(
@@ -190,7 +196,13 @@ def _written_dtype(parameter: Parameter, dtype: str | None) -> str:
 
 
 def _decide(
-    module: Module, match: Match, recipe: Recipe, architecture: Architecture, dtypes: Mapping[str, str], *, open_up: bool
+    module: Module,
+    match: Match,
+    recipe: Recipe,
+    architecture: Architecture,
+    dtypes: Mapping[str, str],
+    *,
+    open_up: bool,
 ) -> Decision:
     """One module's decision: rule or default, then what the model asks for, then what its width allows."""
     rule = recipe.rules[match.rule] if match.rule is not None else None
@@ -217,7 +229,8 @@ def _decide(
         columns = module.shape[-1]
         fitting = fallback(columns, wanted)
         if fitting is None:
-            note = f"its width {columns} is no multiple of any group size of {wanted.mode}; kept in {FLOAT_DTYPES[weight_dtype]}"
+            kept = FLOAT_DTYPES[weight_dtype]
+            note = f"its width {columns} is no multiple of any group size of {wanted.mode}; kept in {kept}"
         elif fitting != wanted:
             note = f"its width {columns} is no multiple of {wanted.group_size}; group size {fitting.group_size} instead"
         wanted = fitting
@@ -255,7 +268,12 @@ def _named_by(rule: Rule, path: str, architecture: Architecture) -> bool:
 
 
 def _steps(
-    architecture: Architecture, decisions: Mapping[str, Decision], dtypes: Mapping[str, str], *, open_up: bool, repack: bool
+    architecture: Architecture,
+    decisions: Mapping[str, Decision],
+    dtypes: Mapping[str, str],
+    *,
+    open_up: bool,
+    repack: bool,
 ) -> tuple[Step, ...]:
     stored = {m.path for m in architecture.modules if m.stored}
     steps = []

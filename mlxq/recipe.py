@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -140,9 +141,7 @@ _ALL_GROUPS = sorted({group for _, groups in MODES.values() for group in groups}
 _Bits = Annotated[int, Field(description="Bits per weight.", json_schema_extra={"enum": list(_ALL_BITS)})]
 _GroupSize = Annotated[
     int,
-    Field(
-        description="Weights of a row that share one scale.", json_schema_extra={"enum": list(_ALL_GROUPS)}
-    ),
+    Field(description="Weights of a row that share one scale.", json_schema_extra={"enum": list(_ALL_GROUPS)}),
 ]
 _Mode = Annotated[
     str,
@@ -230,9 +229,7 @@ class _RecipeModel(_Model):
         description="Of every module no rule matches. Left out: those are not quantized.",
     )
     rules: list[_RuleModel] = Field(default=[], description="First match wins.")
-    strict: bool = Field(
-        default=False, description="Fail where no group size divides a width, rather than fall back."
-    )
+    strict: bool = Field(default=False, description="Fail where no group size divides a width, rather than fall back.")
 
 
 # Where a value came from, so that each fault can say so.
@@ -325,25 +322,25 @@ def _is_shipped(path: Path) -> bool:
 
 def _find(ref: str | Path, folder: Path, origin: _Origin, faults: list[_Fault]) -> Path | None:
     """The file of a shipped recipe's name or of a path relative to ``folder``; else None and a fault."""
-    if isinstance(ref, str) and "/" not in ref and "\\" not in ref:
-        shipped = _shipped_folder() / f"{ref}.yaml"
-        if shipped.is_file():
-            return shipped
-    path = folder / Path(ref).expanduser()
-    if path.exists():
+    shipped = {file.stem: file for file in sorted(_shipped_folder().glob("*.yaml"))}
+    if isinstance(ref, str) and ref in shipped:
+        return shipped[ref]
+    if not str(ref).strip():
+        faults.append(_Fault(origin, "the recipe's name is empty"))
+        return None
+    path = folder / Path(ref)
+    # os.path: a name too long for the file system, or with a NUL in it, is one that does not exist.
+    if os.path.exists(path):
         return path
-    names = [file.stem for file in sorted(_shipped_folder().glob("*.yaml"))]
     if path.suffix in (".yaml", ".yml") or len(Path(ref).parts) > 1:
         faults.append(_Fault(origin, f"no such recipe file: {path}"))
     else:
-        near = _suggest(str(ref), names) or f"; shipped ones are {', '.join(names)}"
+        near = _suggest(str(ref), shipped) or f"; shipped ones are {', '.join(shipped)}"
         faults.append(_Fault(origin, f"no recipe is called {str(ref)!r}{near}"))
     return None
 
 
-def _draft(
-    document: Document, path: Path, label: str, above: tuple[Path, ...], faults: list[_Fault]
-) -> _Draft:
+def _draft(document: Document, path: Path, label: str, above: tuple[Path, ...], faults: list[_Fault]) -> _Draft:
     """A document on top of all that it extends. ``above`` are the files that led to this one."""
     rank = len(above)
     faults += [_Fault(_Origin(label, f.line, _show(f.path), rank), f.message) for f in document.faults]
@@ -403,7 +400,8 @@ def _set(draft: _Draft, text: str, faults: list[_Fault]) -> None:
         faults.append(_Fault(origin, fault))
         return
     draft.origins = {at: o for at, o in draft.origins.items() if at[: len(path)] != path}
-    draft.origins[path] = replace(origin, path=_show(path))
+    for end in range(1, len(path) + 1):  # a mapping on the way may be new too
+        draft.origins.setdefault(path[:end], replace(origin, path=_show(path[:end])))
     if path == ("rules",) and isinstance(value, list):
         draft.own_rules = len(value)
 
@@ -455,11 +453,7 @@ def _build(draft: _Draft, name: str, faults: list[_Fault]) -> Recipe:
         default = _format(draft, ("default",), data["default"], None, faults)
     listed = data.get("rules")
     raw_rules = listed if isinstance(listed, list) else []
-    rules = [
-        _rule(draft, index, raw, default, faults)
-        for index, raw in enumerate(raw_rules)
-        if isinstance(raw, dict)
-    ]
+    rules = [_rule(draft, index, raw, default, faults) for index, raw in enumerate(raw_rules) if isinstance(raw, dict)]
     if faults:
         raise RecipeError(_render(faults))
     return Recipe(
@@ -476,14 +470,12 @@ def _build(draft: _Draft, name: str, faults: list[_Fault]) -> Recipe:
     )
 
 
-def _rule(
-    draft: _Draft, index: int, raw: dict[str, Any], default: Format | None, faults: list[_Fault]
-) -> Rule | None:
+def _rule(draft: _Draft, index: int, raw: dict[str, Any], default: Format | None, faults: list[_Fault]) -> Rule | None:
     """One rule, or None with its faults added. Values of the wrong type are the schema's to report."""
     at: KeyPath = ("rules", index)
     before = len(faults)
     patterns = [text for text in _listed(raw.get("match")) if isinstance(text, str)]
-    slices = [str(text) for text in _listed(raw.get("layers")) if isinstance(text, (str, int))]
+    slices = [str(text) for text in _listed(raw.get("layers")) if isinstance(text, str) or _is_whole(text)]
     for key, texts, fault_in in (("match", patterns, pattern_fault), ("layers", slices, slice_fault)):
         for position, text in enumerate(texts):
             fault = fault_in(text)
@@ -530,9 +522,7 @@ def _format(
     bits_fault = fault_of(mode, bits, MODES[mode][1][0])
     group_fault = fault_of(mode, MODES[mode][0][0], group_size)
     inherits = (
-        ""
-        if "mode" in raw or mode == "affine"
-        else f" (mode is the default's; say `mode: affine` for {bits} bits)"
+        "" if "mode" in raw or mode == "affine" else f" (mode is the default's; say `mode: affine` for {bits} bits)"
     )
     if bits_fault:
         faults.append(_Fault(draft.origin((*at, "bits")), bits_fault + inherits))

@@ -52,9 +52,7 @@ def read_document(path: Path) -> Document:
             return _unreadable("", None, f"is larger than {LARGEST_FILE // 1_000_000} MB; that is no recipe")
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        return _unreadable(
-            "", None, f"is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})"
-        )
+        return _unreadable("", None, f"is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})")
     except (OSError, ValueError) as error:
         return _unreadable("", None, f"can't be read: {getattr(error, 'strerror', None) or error}")
     return parse_document(text)
@@ -70,9 +68,7 @@ def parse_document(text: str) -> Document:
         if node is None:
             return _unreadable(text, None, "is empty; a recipe is a mapping such as `default: {bits: 4}`")
         if not isinstance(node, yaml.MappingNode):
-            return _unreadable(
-                text, _line(node), f"is a {_shape(node)}; a recipe is a mapping of keys to values"
-            )
+            return _unreadable(text, _line(node), f"is a {_shape(node)}; a recipe is a mapping of keys to values")
         walk = _Walk()
         data = walk.value(node, ())
     except yaml.MarkedYAMLError as error:

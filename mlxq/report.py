@@ -66,7 +66,12 @@ def _module(decision: Decision) -> dict[str, Any]:
 
 
 def build_report(
-    plan: Plan, size: Size, options: Mapping[str, bool], timings: Mapping[str, float], peak_memory_bytes: int, folder: Path
+    plan: Plan,
+    size: Size,
+    options: Mapping[str, bool],
+    timings: Mapping[str, float],
+    peak_memory_bytes: int,
+    folder: Path,
 ) -> dict[str, Any]:
     """Everything ``mlxq.json`` holds, with a SHA-256 of every file of ``folder``. Timings are in seconds."""
     facts = plan_facts(plan)
@@ -127,4 +132,3 @@ def read_report(file: Path) -> dict[str, Any]:
     if int(report.get("schema_version", 0)) > SCHEMA_VERSION:
         raise BadInputError(f"{file} was written by a newer mlxq ({report['versions']['mlxq']})", "Update mlxq.")
     return report
-

@@ -77,9 +77,7 @@ def load_blas() -> BlasInfo:
             return BlasInfo("OpenBLAS", library, "loaded for MLX's CPU backend")
     if fault:
         return BlasInfo("built in", None, f"OpenBLAS does not load: {fault}")
-    return BlasInfo(
-        "built in", None, "no OpenBLAS found; pip install cmeel-openblas makes fp32 ten times faster"
-    )
+    return BlasInfo("built in", None, "no OpenBLAS found; pip install cmeel-openblas makes fp32 ten times faster")
 
 
 # Libraries that load_blas() made global in this process. Others may be mapped privately (numpy, opencv ship

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -58,7 +58,15 @@ def _table(*headers: str, title: str | None = None, right: Sequence[str] = ()) -
 
 def plan_table(plan: Plan) -> Table:
     """The whole plan, folded by layer: every module's shape, format, who decided, and its bytes."""
-    table = _table("module", "shape", "format", "decided by", "bytes", title=f"Plan for {plan.source.name}", right=("bytes",))
+    table = _table(
+        "module",
+        "shape",
+        "format",
+        "decided by",
+        "bytes",
+        title=f"Plan for {plan.source.name}",
+        right=("bytes",),
+    )
     nbytes = {d.path: d.nbytes for d in plan.decisions}
     rows = [(d.path, (d.shape, str(d.format or FLOAT_DTYPES[d.dtype]), d.by, d.note)) for d in plan.decisions]
     for folded in fold(rows):
@@ -94,7 +102,9 @@ def why_table(plan: Plan, pattern: str) -> Table:
     if not chosen and pattern == "lm_head":
         chosen = [d for d in plan.decisions if d.path == plan.architecture.tied_head]
     if not chosen:
-        raise BadInputError(f"--why {pattern}: no module of {plan.source.name} matches", "mlxq inspect MODEL lists them.")
+        raise BadInputError(
+            f"--why {pattern}: no module of {plan.source.name} matches", "mlxq inspect MODEL lists them."
+        )
     table = _table("module", "format", "decided by", "rules that matched too", "the model asks for", "note")
     rows = [(d.path, (str(d.format or FLOAT_DTYPES[d.dtype]), d.by, d.also, d.asked, d.note)) for d in chosen]
     for folded in fold(rows):
@@ -118,7 +128,8 @@ def result_table(plan: Plan, finished: Finished, answer: Generation | None, seco
     if answer is not None:
         table.add_row(
             "speed",
-            f"{answer.generation_tps:.1f} tokens/s generated, {answer.prompt_tps:.1f} tokens/s of prompt, on the {answer.device}",
+            f"{answer.generation_tps:.1f} tokens/s generated, {answer.prompt_tps:.1f} tokens/s of prompt, "
+            f"on the {answer.device}",
         )
         table.add_row("asked", escape(answer.prompt))
         table.add_row("answered", escape(answer.text))
@@ -135,7 +146,7 @@ def recipes_table(recipes: Sequence[Recipe]) -> Table:
 
 def environment_table(found: Environment) -> Table:
     """What this machine is."""
-    from dataclasses import fields
+    from mlxq.runtime import BlasInfo
 
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     for field in fields(found):
@@ -146,6 +157,8 @@ def environment_table(found: Environment) -> Table:
                 table.add_row(key, escape(str(version)))
         elif field.name.endswith("_bytes"):
             table.add_row(name, size_text(value) if value is not None else "unknown")
+        elif isinstance(value, BlasInfo):
+            table.add_row(name, f"{value.name}: {escape(value.note)}")
         elif isinstance(value, bool):
             table.add_row(name, "yes" if value else "no")
         else:
@@ -159,7 +172,9 @@ def chosen_modules(found: Inspection, pattern: str | None) -> tuple[InspectedMod
         return found.modules
     chosen = tuple(m for m in found.modules if matches(pattern, m.path))
     if not chosen:
-        raise BadInputError(f"--match {pattern}: no module of {found.name} matches", "Leave --match out to see them all.")
+        raise BadInputError(
+            f"--match {pattern}: no module of {found.name} matches", "Leave --match out to see them all."
+        )
     return chosen
 
 
@@ -170,7 +185,8 @@ def inspection_table(found: Inspection) -> Table:
     table.add_row("architecture", f"{found.architecture} ({found.model_type}), {found.layer_count} layers")
     parameters = count_text(found.parameters)
     if found.active_parameters != found.parameters:
-        parameters += f", {count_text(found.active_parameters)} active per token ({found.experts_per_token} of {found.experts} experts)"
+        routing = f"{found.experts_per_token} of {found.experts} experts"
+        parameters += f", {count_text(found.active_parameters)} active per token ({routing})"
     table.add_row("parameters", parameters)
     if found.left_behind_parameters:
         table.add_row("left behind", f"{count_text(found.left_behind_parameters)} that mlx-lm does not use")
@@ -196,11 +212,21 @@ def module_table(modules: Sequence[InspectedModule], *, folded: bool) -> Table:
         for group in fold(rows):
             shape, stored, kept = group.attributes
             total = sum(sizes[path] for path in group.members)
-            table.add_row(escape(group.path), shape_text(shape), stored, count_text(total), style=None if kept else "dim")
+            table.add_row(
+                escape(group.path),
+                shape_text(shape),
+                stored,
+                count_text(total),
+                style=None if kept else "dim",
+            )
     else:
         for m in modules:
             table.add_row(
-                escape(m.path), shape_text(m.shape), _stored_text(m), count_text(m.parameters), style=None if m.kept else "dim"
+                escape(m.path),
+                shape_text(m.shape),
+                _stored_text(m),
+                count_text(m.parameters),
+                style=None if m.kept else "dim",
             )
     return table
 
@@ -227,7 +253,9 @@ def encoding_table(encoding: Encoding) -> Table:
     table.add_row("tokens", str(len(encoding.ids)))
     table.add_row("ids", " ".join(map(str, encoding.ids)))
     table.add_row("pieces", escape(" | ".join(encoding.pieces)))
-    table.add_row("decodes back", "[green]yes[/]" if encoding.round_trips else f"[red]no[/]: {escape(encoding.decoded)}")
+    table.add_row(
+        "decodes back", "[green]yes[/]" if encoding.round_trips else f"[red]no[/]: {escape(encoding.decoded)}"
+    )
     return table
 
 

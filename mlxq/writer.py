@@ -53,7 +53,9 @@ class PartialFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as exc:
             self._lock.close()
-            raise BadInputError(f"another run is writing {self.folder} right now", "Wait for it, or choose another -o.") from exc
+            raise BadInputError(
+                f"another run is writing {self.folder} right now", "Wait for it, or choose another -o."
+            ) from exc
         self._descriptors: dict[str, int] = {}
         try:
             self.found = self._take_up()
@@ -66,7 +68,9 @@ class PartialFolder:
     def __enter__(self) -> PartialFolder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def _take_up(self) -> Found:

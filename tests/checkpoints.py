@@ -54,7 +54,10 @@ def build(config: dict[str, Any], seed: int = 0) -> tuple[Any, dict[str, mx.arra
     model = model_class(args_class.from_dict(config))
     dtype = getattr(mx, config.get("torch_dtype", "float32"))
     model.update(
-        tree_map(lambda p: (mx.random.normal(p.shape) * 0.1).astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters())
+        tree_map(
+            lambda p: (mx.random.normal(p.shape) * 0.1).astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p,
+            model.parameters(),
+        )
     )
     weights = dict(tree_flatten(model.parameters()))
     mx.eval(weights)

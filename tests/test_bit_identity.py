@@ -175,7 +175,11 @@ def test_dequantize_gives_the_values_the_kernels_use(name: str, mode: str, tmp_p
             continue
         form = recorded.get(module, {k: recorded[k] for k in ("group_size", "bits", "mode")})
         values = mx.dequantize(
-            packed[path], scales=packed[f"{module}.scales"], biases=packed.get(f"{module}.biases"), dtype=mx.bfloat16, **form
+            packed[path],
+            scales=packed[f"{module}.scales"],
+            biases=packed.get(f"{module}.biases"),
+            dtype=mx.bfloat16,
+            **form,
         )
         assert mx.array_equal(array, values).item(), path
 

@@ -55,7 +55,18 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path: Path) -> None:
 
 def test_kill_9_leaves_a_partial_folder_that_the_same_command_finishes(tmp_path: Path) -> None:
     llama(tmp_path / "model", hidden_size=512, intermediate_size=1024, num_hidden_layers=24)
-    command = [sys.executable, "-m", "mlxq", "quantize", "8bit", "--model", "model", "-o", "out", "--no-generate"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlxq",
+        "quantize",
+        "8bit",
+        "--model",
+        "model",
+        "-o",
+        "out",
+        "--no-generate",
+    ]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     journal = tmp_path / "out.partial" / "journal.jsonl"
     while process.poll() is None and not (journal.is_file() and journal.read_bytes().count(b"\n") > 3):

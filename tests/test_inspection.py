@@ -113,9 +113,7 @@ def test_a_head_neither_stored_nor_mentioned_is_tied(tmp_path: Path) -> None:
 def test_expert_lists_are_stacked_and_counted_by_use(tmp_path: Path) -> None:
     config = {**LLAMA, "model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
     at = "model.layers.0.block_sparse_moe"
-    tensors = {
-        f"{at}.experts.{e}.{w}.weight": ("BF16", (32, 64)) for e in range(8) for w in ("w1", "w2", "w3")
-    }
+    tensors = {f"{at}.experts.{e}.{w}.weight": ("BF16", (32, 64)) for e in range(8) for w in ("w1", "w2", "w3")}
     found = inspect(tmp_path, config, {**tensors, f"{at}.gate.weight": ("BF16", (8, 64))})
     rows = {m.path: m for m in found.modules}
     assert rows.keys() == {f"{at}.gate", *(f"{at}.switch_mlp.{n}_proj" for n in ("gate", "up", "down"))}
@@ -217,9 +215,7 @@ def test_mlx_quantization_shows_logical_shapes_and_bits(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_other_quantizations_show_logical_shapes(
-    tmp_path: Path, settings: dict[str, Any], tensors: Tensors
-) -> None:
+def test_other_quantizations_show_logical_shapes(tmp_path: Path, settings: dict[str, Any], tensors: Tensors) -> None:
     named = {f"model.layers.0.mlp.up_proj.{part}": spec for part, spec in tensors.items()}
     found = inspect(tmp_path, {**LLAMA, "quantization_config": settings}, named)
     (module,) = found.modules

@@ -21,7 +21,9 @@ class Dtype(str, Enum):
 def command(
     model: Annotated[str, typer.Argument(help="Folder, Hub id[@revision], .gguf file, or 'sample'.")],
     output: Output = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Dtype to write; default: the source's.", show_default=False)] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Dtype to write; default: the source's.", show_default=False)
+    ] = None,
     dequantize: Annotated[bool, typer.Option("--dequantize", help="Write quantized modules as plain numbers.")] = False,
     keep_quantization: Annotated[
         bool,
@@ -49,9 +51,7 @@ def command(
     from mlxq.pipeline import Options, default_output, prepare
 
     recipe = recipe_from_dict({"dtype": dtype.value} if dtype else {}, "mlx")
-    options = Options(
-        dequantize=dequantize, keep_quantization=keep_quantization, trust_remote_code=trust_remote_code
-    )
+    options = Options(dequantize=dequantize, keep_quantization=keep_quantization, trust_remote_code=trust_remote_code)
     out = output or default_output(recipe, model)
     if not dry_run and out.exists() and not force:
         raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")

@@ -16,7 +16,8 @@ def command(
         str | None, typer.Option("--match", help="Only modules this pattern matches.", show_default=False)
     ] = None,
     text: Annotated[
-        str | None, typer.Option("--text", help="Show how the tokenizer encodes this text.", show_default=False)
+        str | None,
+        typer.Option("--text", help="Show how the tokenizer encodes this text.", show_default=False),
     ] = None,
     context: Annotated[int, typer.Option("--context", min=1, help="Tokens of context to reckon memory for.")] = 4096,
     device: Annotated[
@@ -74,4 +75,7 @@ def command(
     if encoding is not None:
         show(tables.encoding_table(encoding))
     show(tables.fit_table(fits, machine, context))
-    note(f"Sizes are reckoned from headers. To the byte: mlxq quantize RECIPE --model {model} --dry-run", quiet=quiet)
+    note(
+        f"Sizes are reckoned from headers. To the byte: mlxq quantize RECIPE --model {model} --dry-run",
+        quiet=quiet,
+    )

@@ -16,5 +16,6 @@ TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let mlx-lm run the model file that a repository brings.")
 ]
 Generate = Annotated[
-    bool, typer.Option("--generate/--no-generate", help="Answer a short prompt with the result and show its speed.")
+    bool,
+    typer.Option("--generate/--no-generate", help="Answer a short prompt with the result and show its speed."),
 ]

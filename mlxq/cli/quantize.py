@@ -17,18 +17,25 @@ def command(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Folder, Hub id[@revision], .gguf file, or 'sample'; wins over the recipe's."),
+        typer.Option(
+            "--model",
+            "-m",
+            help="Folder, Hub id[@revision], .gguf file, or 'sample'; wins over the recipe's.",
+        ),
     ] = None,
     output: Output = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a value of the recipe, such as default.bits=3. Repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="Change a value of the recipe, such as default.bits=3. Repeatable."),
     ] = None,
     dry_run: DryRun = False,
     why: Annotated[
-        str | None, typer.Option("--why", help="Say for each module this pattern matches which rule decided, and why.")
+        str | None,
+        typer.Option("--why", help="Say for each module this pattern matches which rule decided, and why."),
     ] = None,
     locked: Annotated[
-        Path | None, typer.Option("--locked", help="Rebuild exactly what this mlxq.json records, and check the bytes.")
+        Path | None,
+        typer.Option("--locked", help="Rebuild exactly what this mlxq.json records, and check the bytes."),
     ] = None,
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Accept a model already quantized: read it as numbers first.")
@@ -69,7 +76,8 @@ def command(
         name = model or loaded.model
         if name is None:
             raise BadInputError(
-                f"recipe {loaded.name} names no model", f"Add one: mlxq quantize {recipe} --model FOLDER-OR-HUB-ID"
+                f"recipe {loaded.name} names no model",
+                f"Add one: mlxq quantize {recipe} --model FOLDER-OR-HUB-ID",
             )
         recorded = None
         options = Options(requantize=requantize, trust_remote_code=trust_remote_code)

@@ -42,7 +42,9 @@ def show(name: Annotated[str, typer.Argument(help="Name of a shipped recipe, or 
 @app.command()
 def check(
     file: Annotated[str, typer.Argument(help="A recipe file, or the name of a shipped recipe.")],
-    model: Annotated[str | None, typer.Option("--model", "-m", help="Also check every rule against this model.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Also check every rule against this model.")
+    ] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="Change a value first. Repeatable.")] = None,
 ) -> None:
     """Check a recipe; all faults are listed at once."""
@@ -56,7 +58,9 @@ def check(
     from mlxq.pipeline import Options, prepare
 
     plan = prepare(recipe, model, Options(requantize=True))
-    show_line(f"{file}: no faults; on {model} it gives {plan.file_bytes:,} bytes, {plan.bits_per_weight:.3f} bits per weight.")
+    show_line(
+        f"{file}: no faults; on {model} it gives {plan.file_bytes:,} bytes, {plan.bits_per_weight:.3f} bits per weight."
+    )
 
 
 @app.command()

@@ -61,9 +61,7 @@ def write_model(
     return finished
 
 
-def _show_result(
-    plan: Plan, finished: Finished, seconds: float, *, generate: bool, as_json: bool, quiet: bool
-) -> None:
+def _show_result(plan: Plan, finished: Finished, seconds: float, *, generate: bool, as_json: bool, quiet: bool) -> None:
     from mlxq import tables
     from mlxq.metrics.generation import generate_once
     from mlxq.report import write_report
@@ -71,7 +69,10 @@ def _show_result(
 
     answer = None
     if generate and finished.report["metrics"]["size_bytes"] * 1.5 > free_memory_bytes():
-        note("The model is too large for this machine's free memory, so it was not asked anything.", quiet=quiet)
+        note(
+            "The model is too large for this machine's free memory, so it was not asked anything.",
+            quiet=quiet,
+        )
     elif generate:
         note("Asking the new model a question ...", quiet=quiet)
         answer = generate_once(finished.out)
@@ -89,4 +90,4 @@ def _show_result(
         return
     show(tables.result_table(plan, finished, answer, seconds))
     show("Try it:")
-    show(f"  mlx_lm.generate --model {finished.out} --prompt \"Why is the sky blue?\"")
+    show(f'  mlx_lm.generate --model {finished.out} --prompt "Why is the sky blue?"')

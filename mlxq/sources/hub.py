@@ -9,7 +9,17 @@ from mlxq.errors import BadInputError, MlxqError
 from mlxq.sources.safetensors import SafetensorsFolder, open_folder
 
 # What mlx_lm fetches, and the licence.
-PATTERNS = ["*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jsonl", "*.jinja", "LICENSE*"]
+PATTERNS = [
+    "*.json",
+    "model*.safetensors",
+    "*.py",
+    "tokenizer.model",
+    "*.tiktoken",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+    "LICENSE*",
+]
 
 
 def open_hub(model: str) -> SafetensorsFolder:

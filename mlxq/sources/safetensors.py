@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 MAX_HEADER_BYTES = 100_000_000
 
 # Files that are weights or belong to other runtimes; everything else beside config.json travels along.
-_NOT_SIDECARS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".npz", ".mlmodel")
+_NOT_SIDECARS = (
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".npz",
+    ".mlmodel",
+)
 _NOT_SIDECAR_NAMES = {
     "config.json",
     "mlxq.json",
@@ -106,7 +117,7 @@ def pread_exactly(descriptor: int, nbytes: int, offset: int) -> np.ndarray[Any, 
     import numpy as np
 
     buffer = np.empty(nbytes, dtype=np.uint8)
-    view = memoryview(buffer)
+    view = memoryview(buffer.data)
     done = 0
     while done < nbytes:
         # A single read is capped near 2 GiB by the kernel.
@@ -237,8 +248,10 @@ def open_folder(
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         others = [p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".safetensors"}]
-        hint = f"It has {', '.join(sorted(others)[:3])}; save the model as model*.safetensors first." if others else None
-        raise BadInputError(f"{folder} has no model*.safetensors", hint)
+        raise BadInputError(
+            f"{folder} has no model*.safetensors",
+            f"It has {', '.join(sorted(others)[:3])}; save the model as model*.safetensors first." if others else None,
+        )
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -247,7 +260,8 @@ def open_folder(
         missing = sorted(set(map(str, weight_map.values())) - {p.name for p in files})
         if missing:
             raise BadInputError(
-                f"{folder} is incomplete: {missing[0]} is missing" + (f" and {len(missing) - 1} more" if missing[1:] else ""),
+                f"{folder} is incomplete: {missing[0]} is missing"
+                + (f" and {len(missing) - 1} more" if missing[1:] else ""),
                 "Download the missing files; the index lists them.",
             )
     stored: dict[str, StoredTensor] = {}

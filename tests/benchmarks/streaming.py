@@ -114,7 +114,16 @@ def main() -> None:
     if not model.exists():
         make_checkpoint(model)
     programs = {
-        "mlxq quantize 4bit": ["mlxq", "quantize", "4bit", "--model", str(model), "-o", str(out), "--no-generate"],
+        "mlxq quantize 4bit": [
+            "mlxq",
+            "quantize",
+            "4bit",
+            "--model",
+            str(model),
+            "-o",
+            str(out),
+            "--no-generate",
+        ],
         "mlx_lm.convert -q": ["mlx_lm.convert", "--hf-path", str(model), "--mlx-path", str(out), "-q"],
     }
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}

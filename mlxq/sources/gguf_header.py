@@ -1,0 +1,195 @@
+"""The header of a GGUF file: metadata and tensor table, read without touching the weights.
+
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian. Parsed here
+rather than by ``gguf.GGUFReader``, which builds one array per vocabulary entry (seconds on a usual vocabulary)
+and does not notice that a file is cut short.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mlxq.errors import BadInputError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+# What GGML itself allows; a larger number is a corrupt header.
+MAX_DIMENSIONS = 4
+MAX_TENSORS = 1 << 20
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING = 8
+_ARRAY = 9
+
+
+@dataclass(frozen=True)
+class GGUFTensor:
+    """One stored tensor: ``ggml_type`` by name (``"Q4_K"``), ``shape`` outermost first, ``offset`` into the file."""
+
+    name: str
+    ggml_type: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GGUFHeader:
+    """What a GGUF file says about itself. Arrays of numbers are tuples, arrays of strings lists."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+
+class _Malformed(Exception):
+    """The header breaks the format; the message says how."""
+
+
+class _Cursor:
+    """Reads one value after another, never past the end of the file."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data = data
+        self.at = 0
+
+    def take(self, nbytes: int) -> bytes:
+        end = self.at + nbytes
+        if end > len(self.data):
+            raise _Malformed("it is cut short inside its header")
+        chunk = self.data[self.at : end]
+        self.at = end
+        return chunk
+
+    def number(self, code: str) -> Any:
+        size = struct.calcsize("<" + code)
+        return struct.unpack("<" + code, self.take(size))[0]
+
+    def string(self) -> str:
+        try:
+            return self.take(self.number("Q")).decode("utf-8")
+        except UnicodeDecodeError as exc:
+            raise _Malformed(f"a string before byte {self.at:,} of its header is not UTF-8") from exc
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self.array()
+        if kind not in _SCALARS:
+            raise _Malformed(f"its metadata has a value of unknown type {kind}")
+        number = self.number(_SCALARS[kind])
+        return _shortest_float32(number) if kind == 6 else number
+
+    def array(self) -> Any:
+        kind, count = self.number("I"), self.number("Q")
+        # The smallest element is one byte, a string eight: a larger count cannot fit in what is left.
+        if count * (8 if kind in (_STRING, _ARRAY) else 1) > len(self.data) - self.at:
+            raise _Malformed("it is cut short inside its header")
+        if kind == _STRING:
+            return [self.string() for _ in range(count)]
+        if kind == _ARRAY:
+            raise _Malformed("its metadata nests arrays, which no known writer does")
+        if kind not in _SCALARS:
+            raise _Malformed(f"its metadata has an array of unknown type {kind}")
+        layout = f"<{count}{_SCALARS[kind]}"
+        return struct.unpack(layout, self.take(struct.calcsize(layout)))
+
+
+def read_gguf_header(path: Path) -> GGUFHeader:
+    """Read the header of ``path``, trusting nothing in it.
+
+    Raises BadInputError where the file is not GGUF, is of a version or byte order that is not supported, or is
+    cut short: each tensor must lie wholly inside the file.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        if size == 0 or stream.read(4) != MAGIC:
+            raise BadInputError(
+                f"{path} is not a GGUF file: it does not start with {MAGIC.decode()}",
+                "Download it again if it should be one; a Git LFS pointer or a web page is often saved instead.",
+            )
+        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return _parse(_Cursor(data), path, size)
+            except _Malformed as exc:
+                raise BadInputError(f"{path} is not a complete GGUF file: {exc}", "Download the file again.") from exc
+
+
+def _parse(cursor: _Cursor, path: Path, size: int) -> GGUFHeader:
+    cursor.take(len(MAGIC))
+    version = cursor.number("I")
+    if version not in VERSIONS:
+        what = "it is big-endian" if version >> 16 else f"it has version {version}"
+        raise _Malformed(f"{what}; little-endian versions {VERSIONS[0]} and {VERSIONS[1]} are supported")
+    tensor_count, value_count = cursor.number("Q"), cursor.number("Q")
+    if tensor_count > MAX_TENSORS:
+        raise _Malformed(f"it says it holds {tensor_count:,} tensors")
+    metadata: dict[str, Any] = {}
+    for _ in range(value_count):
+        key = cursor.string()
+        if key in metadata:
+            raise _Malformed(f"its metadata has {key!r} twice")
+        metadata[key] = cursor.value(cursor.number("I"))
+    entries = [_tensor_entry(cursor) for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
+        raise _Malformed(f"its alignment is {alignment!r}")
+    data_start = -(-cursor.at // alignment) * alignment
+    locate = _locator(data_start, size)
+    tensors: dict[str, GGUFTensor] = {}
+    for name, shape, type_id, offset in entries:
+        if name in tensors:
+            raise _Malformed(f"tensor {name!r} is in it twice")
+        tensors[name] = locate(name, shape, type_id, offset)
+    return GGUFHeader(path, metadata, tensors)
+
+
+def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
+    name = cursor.string()
+    count = cursor.number("I")
+    if count > MAX_DIMENSIONS:
+        raise _Malformed(f"tensor {name!r} has {count:,} dimensions")
+    innermost_first = tuple(cursor.number("Q") for _ in range(count))
+    return name, innermost_first[::-1], cursor.number("I"), cursor.number("Q")
+
+
+def _locator(data_start: int, size: int) -> Callable[[str, tuple[int, ...], int, int], GGUFTensor]:
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    def locate(name: str, shape: tuple[int, ...], type_id: int, offset: int) -> GGUFTensor:
+        try:
+            kind = GGMLQuantizationType(type_id)
+            block_size, block_bytes = GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError) as exc:
+            raise _Malformed(f"tensor {name!r} has type {type_id}, which the gguf package does not know") from exc
+        columns = shape[-1] if shape else 1
+        if columns % block_size:
+            raise _Malformed(f"tensor {name!r} has rows of {columns:,}, no multiple of {kind.name}'s {block_size}")
+        nbytes = prod(shape) // block_size * block_bytes
+        missing = data_start + offset + nbytes - size
+        if missing > 0:
+            raise _Malformed(f"it is cut short by {missing:,} bytes (tensor {name!r})")
+        return GGUFTensor(name, kind.name, shape, data_start + offset, nbytes)
+
+    return locate
+
+
+def _shortest_float32(value: float) -> float:
+    """The number a person wrote for a float32: 1e-05, not 9.999999747378752e-06."""
+    raw = struct.pack("<f", value)
+    for digits in range(6, 10):
+        short = float(f"{value:.{digits}g}")
+        try:
+            if struct.pack("<f", short) == raw:
+                return short
+        except OverflowError:
+            continue
+    return value
