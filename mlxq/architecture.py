@@ -12,7 +12,7 @@ import json
 import os
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,7 +194,7 @@ def openable_folder(source: ModelSource) -> Iterator[Path]:
         yield folder
 
 
-def encode_header(specs: Any, metadata: Mapping[str, str]) -> bytes:
+def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """The safetensors header for ``specs`` laid out one after another, its length included, padded to 8 bytes."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0

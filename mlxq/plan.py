@@ -136,7 +136,8 @@ def make_plan(
     Raises RecipeError where a rule means nothing on this model, BadInputError where the source is already
     quantized by MLX and neither was asked for.
     """
-    if source.config.get("quantization") is not None and recipe.default is not None and not requantize:
+    quantizes = recipe.default is not None or bool(recipe.rules)
+    if source.config.get("quantization") is not None and quantizes and not requantize:
         raise BadInputError(
             f"{source.name} is already quantized for MLX",
             "Start from its original for the best result; --requantize dequantizes this one first, "
@@ -157,6 +158,11 @@ def make_plan(
     }
     if keep_quantization:
         decisions = {path: _repacked(d, source, architecture) for path, d in decisions.items()}
+        if not any(d.format for d in decisions.values()):
+            raise BadInputError(
+                f"{source.name} has no blocks that an MLX format holds exactly",
+                "Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 of GGUF files do; leave --keep-quantization out, or quantize.",
+            )
     if recipe.strict and (unfit := [d for d in decisions.values() if d.note and "width" in d.note]):
         raise RecipeError(
             tuple(f"{d.path}: {d.note}" for d in unfit),

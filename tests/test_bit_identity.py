@@ -41,7 +41,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **SMALL, **MOE, "model_type": "qwen3_moe", "num_experts": 4, "decoder_sparse_step": 1, "mlp_only_layers": [],
         "norm_topk_prob": True,
     },
-    "mixtral": {**SMALL, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},
+    "mixtral": {
+        **SMALL, "model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64,
+    },
     "gemma2_softcap": {**SMALL, "model_type": "gemma2"},
     "gemma3_sliding": {**SMALL, "model_type": "gemma3_text", "sliding_window": 16, "sliding_window_pattern": 2},
     "deepseek_v2_mla": {

@@ -45,7 +45,7 @@ app.command("env")(env.command)
 
 def main() -> None:
     """Run the program; every explained error becomes one line and an exit code."""
-    from mlxq.console import note, show_error
+    from mlxq.console import show_error
     from mlxq.errors import MlxqError
 
     try:
@@ -54,7 +54,6 @@ def main() -> None:
         show_error(error)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
-        note("interrupted")
         raise SystemExit(130) from None
     except BrokenPipeError:
         # The reader of our output went away (mlxq ... | head): not an error, but nothing more can be said.

@@ -197,7 +197,7 @@ def _byte_level(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
         decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         model=_bpe(
             _vocabulary(tokens, types),
-            [merge.split(" ") for merge in metadata["tokenizer.ggml.merges"]],
+            [merge.partition(" ")[::2] for merge in metadata["tokenizer.ggml.merges"]],
             ignore_merges=rule.whole_words,
         ),
     )
@@ -376,4 +376,4 @@ def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "min_p": metadata.get("general.sampling.min_p"),
         "repetition_penalty": metadata.get("general.sampling.penalty_repeat"),
     }
-    return {"_from_model_config": True} | {key: value for key, value in values.items() if value is not None}
+    return {key: value for key, value in values.items() if value is not None}

@@ -1,0 +1,359 @@
+"""GGUF's names and metadata in Hugging Face terms, one ``Family`` per architecture.
+
+What llama.cpp's ``convert_hf_to_gguf.py`` does to each architecture is undone here: names, the row order of
+llama's query and key projections, the one added to Gemma's norms, and the keys of ``config.json``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlxq.errors import BadInputError
+from mlxq.sources.gguf_header import GGUFHeader
+from mlxq.sources.gguf_tokenizer import end_token_ids
+
+_ATTENTION = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+_QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.switch_mlp.gate_proj",
+    "ffn_up_exps": "mlp.switch_mlp.up_proj",
+    "ffn_down_exps": "mlp.switch_mlp.down_proj",
+}
+_SHARED_EXPERT = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+_TWO_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_FOUR_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_DENSE = _ATTENTION | _TWO_NORMS | _MLP
+_ROPE_SCALINGS = frozenset({"linear", "yarn", "llama3"})
+
+# Holds rope frequencies, which go to config.json.
+ROPE_FREQUENCIES = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture. ``layer`` maps ``blk.N.<key>`` to ``model.layers.N.<value>``.
+
+    ``permuted``: rows of q_proj and k_proj are stored interleaved. ``shifted_norms``: norms are stored plus one.
+    ``head``: the model can have an output head of its own. ``rope_scalings``: the kinds mlx-lm computes.
+    ``settings``: entries of config.json that are the same for every model of the family.
+    """
+
+    model_type: str
+    class_name: str
+    layer: dict[str, str]
+    permuted: bool = False
+    shifted_norms: bool = False
+    head: bool = True
+    rope_scalings: frozenset[str] = frozenset()
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+_GELU = {"hidden_activation": "gelu_pytorch_tanh"}
+_SILU = {"hidden_act": "silu"}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("llama", "LlamaForCausalLM", _DENSE, permuted=True, rope_scalings=_ROPE_SCALINGS, settings=_SILU),
+    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _DENSE, rope_scalings=_ROPE_SCALINGS, settings=_SILU),
+    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _DENSE | _QK_NORMS, rope_scalings=_ROPE_SCALINGS, settings=_SILU),
+    "qwen2moe": Family(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        _ATTENTION | _TWO_NORMS | _EXPERTS | _SHARED_EXPERT,
+        settings=_SILU | {"norm_topk_prob": False},
+    ),
+    # llama.cpp always normalizes the chosen experts' weights here, and no file says otherwise.
+    "qwen3moe": Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        _ATTENTION | _TWO_NORMS | _QK_NORMS | _EXPERTS,
+        settings=_SILU | {"norm_topk_prob": True},
+    ),
+    "gemma": Family("gemma", "GemmaForCausalLM", _DENSE, shifted_norms=True, head=False, settings=_GELU),
+    "gemma2": Family(
+        "gemma2", "Gemma2ForCausalLM", _ATTENTION | _FOUR_NORMS | _MLP, shifted_norms=True, head=False, settings=_GELU
+    ),
+    "gemma3": Family(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        _ATTENTION | _FOUR_NORMS | _QK_NORMS | _MLP,
+        shifted_norms=True,
+        rope_scalings=frozenset({"linear"}),
+        settings=_GELU,
+    ),
+}
+
+_BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+_OUTSIDE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
+
+
+def family_of(header: GGUFHeader) -> Family:
+    """The family of a file, or BadInputError naming its architecture and the supported ones."""
+    architecture = header.metadata.get("general.architecture")
+    if architecture not in FAMILIES:
+        raise BadInputError(
+            f"{header.path} has architecture {architecture!r}, which can't be rebuilt from GGUF",
+            f"Supported: {', '.join(FAMILIES)}. For others, quantize the original model from the Hub.",
+        )
+    return FAMILIES[architecture]
+
+
+def checkpoint_name(header: GGUFHeader, family: Family, name: str) -> str:
+    """The Hugging Face name of a stored tensor; BadInputError where the family has no such tensor."""
+    if name in _OUTSIDE:
+        return _OUTSIDE[name]
+    if name == "output.weight" and family.head:
+        return "lm_head.weight"
+    found = _BLOCK.fullmatch(name)
+    if found and found[2] in family.layer:
+        return f"model.layers.{int(found[1])}.{family.layer[found[2]]}.{found[3]}"
+    raise BadInputError(
+        f"{header.path} holds tensor {name!r}, which no {family.model_type} model of mlx-lm has",
+        "Quantize the original model from the Hub instead.",
+    )
+
+
+def config_of(header: GGUFHeader, family: Family, rope_frequencies: Sequence[float] | None) -> dict[str, Any]:
+    """``config.json`` from metadata and tensor shapes.
+
+    ``rope_frequencies`` are the values of ``rope_freqs.weight``, by which llama3 divides each rope frequency.
+    Raises BadInputError where a key that the model needs is missing, or says what mlx-lm does not compute.
+    """
+    meta = _Metadata(header)
+    heads = meta.whole("attention.head_count")
+    hidden = meta.whole("embedding_length")
+    head_dim = meta.whole("attention.key_length", hidden // max(heads, 1))
+    meta.refuse_unless("attention.value_length", head_dim, "the width of its keys")
+    meta.refuse_unless("rope.dimension_count", head_dim, "the width of its heads")
+    embedding = header.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2:
+        raise BadInputError(f"{header.path} has no token embedding", "Name the file with the language model's weights.")
+    ends = end_token_ids(header.metadata)
+    config = {
+        "architectures": [family.class_name],
+        "model_type": family.model_type,
+        "hidden_size": hidden,
+        "num_hidden_layers": meta.whole("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": meta.whole("attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "rms_norm_eps": meta.number("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": meta.whole("context_length"),
+        "vocab_size": embedding.shape[0],
+        "rope_theta": meta.number("rope.freq_base", 10000.0),
+        "tie_word_embeddings": "output.weight" not in header.tensors,
+        "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None,
+        "pad_token_id": header.metadata.get("tokenizer.ggml.padding_token_id"),
+        "torch_dtype": "bfloat16" if any(t.ggml_type == "BF16" for t in header.tensors.values()) else "float16",
+        **family.settings,
+        **_width_of_mlp(meta),
+        **_of_family(meta, header, family, hidden, heads, head_dim),
+    }
+    scaling = _rope_scaling(meta, family, config, rope_frequencies)
+    return {key: value for key, value in config.items() if value is not None} | scaling
+
+
+def permutation_width(name: str, config: dict[str, Any]) -> int:
+    """Head dimension by which a q_proj or k_proj tensor is interleaved; 0 for other tensors."""
+    return int(config["head_dim"]) if ".self_attn.q_proj." in name or ".self_attn.k_proj." in name else 0
+
+
+@dataclass(frozen=True)
+class _Metadata:
+    """The ``<architecture>.*`` keys, checked as they are read."""
+
+    header: GGUFHeader
+
+    def get(self, key: str) -> Any:
+        full = f"{self.header.metadata['general.architecture']}.{key}"
+        value = self.header.metadata.get(full)
+        if isinstance(value, tuple):
+            if len(set(value)) != 1:
+                raise self.bad(f"{full} differs from layer to layer")
+            value = value[0]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise self.bad(f"{full} is {value!r}, not a number")
+        return value
+
+    def number(self, key: str, otherwise: float | None = None) -> float:
+        value = self.get(key)
+        if value is None:
+            value = otherwise
+        if value is None:
+            raise self.bad(f"its metadata lacks {self.header.metadata['general.architecture']}.{key}")
+        return float(value)
+
+    def whole(self, key: str, otherwise: int | None = None) -> int:
+        value = self.number(key, otherwise)
+        if value < 1 or value != int(value):
+            raise self.bad(f"{self.header.metadata['general.architecture']}.{key} is {value:g}")
+        return int(value)
+
+    def text(self, key: str) -> str | None:
+        value = self.header.metadata.get(f"{self.header.metadata['general.architecture']}.{key}")
+        return value if isinstance(value, str) else None
+
+    def refuse_unless(self, key: str, expected: int, what: str) -> None:
+        value = self.get(key)
+        if value is not None and value != expected:
+            raise self.bad(f"{key} is {value}, not {what}, {expected}, as mlx-lm computes it")
+
+    def bad(self, reason: str) -> BadInputError:
+        return BadInputError(
+            f"{self.header.path} can't be rebuilt: {reason}", "Quantize the original model from the Hub instead."
+        )
+
+
+def _width_of_mlp(meta: _Metadata) -> dict[str, Any]:
+    """Width of the feed-forward part; a file of experts alone may leave the dense one out."""
+    experts = meta.header.tensors.get("blk.0.ffn_up_exps.weight")
+    if experts is None:
+        if meta.get("expert_count"):
+            raise meta.bad("it has experts in a layout that is not supported")
+        return {"intermediate_size": meta.whole("feed_forward_length")}
+    return {"intermediate_size": meta.whole("feed_forward_length", experts.shape[-2])}
+
+
+def _of_family(
+    meta: _Metadata, header: GGUFHeader, family: Family, hidden: int, heads: int, head_dim: int
+) -> dict[str, Any]:
+    """Entries that only some families have."""
+    if family.model_type == "llama":
+        return {
+            "attention_bias": "blk.0.attn_q.bias" in header.tensors,
+            "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
+        }
+    if family.model_type in ("qwen2_moe", "qwen3_moe"):
+        return _experts(meta, header, family)
+    if family.model_type in ("gemma2", "gemma3_text"):
+        return _late_gemma(meta, family, hidden, heads, head_dim)
+    return {}
+
+
+def _experts(meta: _Metadata, header: GGUFHeader, family: Family) -> dict[str, Any]:
+    experts = header.tensors.get("blk.0.ffn_up_exps.weight")
+    if experts is None or len(experts.shape) != 3:
+        raise meta.bad("it has no stacked experts (blk.0.ffn_up_exps.weight)")
+    config = {
+        "num_experts": meta.whole("expert_count"),
+        "num_experts_per_tok": meta.whole("expert_used_count"),
+        "moe_intermediate_size": meta.whole("expert_feed_forward_length", experts.shape[1]),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
+    if family.model_type == "qwen2_moe":
+        shared = header.tensors.get("blk.0.ffn_up_shexp.weight")
+        if shared is None:
+            raise meta.bad("it has no shared expert (blk.0.ffn_up_shexp.weight)")
+        config["shared_expert_intermediate_size"] = shared.shape[0]
+    return config
+
+
+def _late_gemma(meta: _Metadata, family: Family, hidden: int, heads: int, head_dim: int) -> dict[str, Any]:
+    # No key holds the query scale; llama.cpp too knows the 27B models by their number of layers.
+    largest = {"gemma2": 46, "gemma3_text": 62}[family.model_type]
+    layers = meta.whole("block_count")
+    config: dict[str, Any] = {"query_pre_attn_scalar": hidden // heads if layers == largest else head_dim}
+    if family.model_type == "gemma2":
+        return config | {
+            "attn_logit_softcapping": meta.number("attn_logit_softcapping", 50.0),
+            "final_logit_softcapping": meta.number("final_logit_softcapping", 30.0),
+            "sliding_window": meta.whole("attention.sliding_window", 4096),
+        }
+    # Five sliding layers to one full in every Gemma 3; one-layer test models have none.
+    return config | {
+        "sliding_window": meta.whole("attention.sliding_window", 1024),
+        "sliding_window_pattern": 6,
+        "rope_theta": meta.number("rope.freq_base", 1_000_000.0),
+        "rope_local_base_freq": meta.number("rope.freq_base_swa", 10_000.0),
+    }
+
+
+def _rope_scaling(
+    meta: _Metadata, family: Family, config: dict[str, Any], frequencies: Sequence[float] | None
+) -> dict[str, Any]:
+    """``{"rope_scaling": ...}``, or {} where rope is not scaled."""
+    kind = meta.text("rope.scaling.type") or "none"
+    factor = meta.number("rope.scaling.factor", meta.number("rope.scale_linear", 1.0))
+    scaling: dict[str, Any] | None = None
+    if frequencies is not None:
+        scaling = _llama3_scaling(meta, config, frequencies)
+    elif kind == "linear" or (kind == "none" and factor != 1):
+        scaling = {"rope_type": "linear", "type": "linear", "factor": factor}
+    elif kind == "yarn":
+        original = meta.whole("rope.scaling.original_context_length")
+        scaling = {
+            "rope_type": "yarn",
+            "type": "yarn",
+            "factor": factor,
+            "original_max_position_embeddings": original,
+        }
+    elif kind != "none":
+        raise meta.bad(f"its rope scaling {kind!r} is not supported")
+    if scaling is None:
+        return {}
+    if scaling["rope_type"] not in family.rope_scalings:
+        raise meta.bad(f"mlx-lm's {family.model_type} has no {scaling['rope_type']} rope scaling")
+    return {"rope_scaling": scaling}
+
+
+def _llama3_scaling(meta: _Metadata, config: dict[str, Any], frequencies: Sequence[float]) -> dict[str, Any] | None:
+    """The llama3 parameters whose factors are ``frequencies``, or None where all are one.
+
+    The factors alone are stored. Every released model has low and high frequency factors 1 and 4; the largest
+    factor is the scaling factor, and the original context is the one that gives the factors back.
+    """
+    factor = max(frequencies)
+    if factor == min(frequencies) == 1:
+        return None
+    for original in (8192, 4096, 16384, 2048, 32768, 65536, 131072):
+        scaling = {
+            "rope_type": "llama3",
+            "type": "llama3",
+            "factor": factor,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": original,
+        }
+        expected = llama3_factors(scaling, config["rope_theta"], config["head_dim"])
+        if len(expected) == len(frequencies) and all(
+            math.isclose(one, other, rel_tol=1e-4) for one, other in zip(expected, frequencies, strict=True)
+        ):
+            return scaling
+    raise meta.bad(f"the factors in {ROPE_FREQUENCIES} follow no known rope scaling")
+
+
+def llama3_factors(scaling: dict[str, Any], theta: float, head_dim: int) -> list[float]:
+    """What llama3 rope scaling divides each of the ``head_dim / 2`` frequencies by.
+
+    Formula: ``transformers.modeling_rope_utils._compute_llama3_parameters``.
+    """
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+    factors = []
+    for pair in range(head_dim // 2):
+        turns = original * theta ** (-2 * pair / head_dim) / (2 * math.pi)
+        share = min(max((turns - low) / (high - low), 0.0), 1.0)
+        factors.append(1 / ((1 - share) / factor + share))
+    return factors
