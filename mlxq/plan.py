@@ -144,7 +144,8 @@ def make_plan(
             "and mlxq convert --dequantize writes it as plain numbers.",
         )
     open_up = requantize or dequantize
-    dtype = recipe.dtype or architecture.declared_dtype
+    # Repacked blocks keep their F16 scales; a second float type beside them would make every sum a float32.
+    dtype = recipe.dtype or ("float16" if keep_quantization else architecture.declared_dtype)
     dtypes = {p.spec.name: _written_dtype(p, dtype) for p in architecture.parameters}
     modules = tuple(m for m in architecture.modules if m.quantizable or m.stored)
     layers = architecture.layer_count

@@ -93,12 +93,14 @@ def _five_bits(body: Bytes) -> Bytes:
     import numpy as np
 
     fifth = np.unpackbits(body[..., :4], axis=-1, bitorder="little")
-    return _nibbles(body[..., 4:]) | (fifth << 4)
+    values: Bytes = _nibbles(body[..., 4:]) | (fifth << 4)
+    return values
 
 
 def _bytes(body: Bytes) -> Bytes:
     """(..., 32) signed bytes -> values with the zero point at 128."""
-    return body ^ 0x80
+    values: Bytes = body ^ 0x80
+    return values
 
 
 def _pack(values: Bytes, bits: int) -> npt.NDArray[Any]:

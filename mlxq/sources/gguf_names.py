@@ -165,7 +165,8 @@ def config_of(header: GGUFHeader, family: Family, rope_frequencies: Sequence[flo
         "bos_token_id": header.metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": ends[0] if len(ends) == 1 else list(ends) or None,
         "pad_token_id": header.metadata.get("tokenizer.ggml.padding_token_id"),
-        "torch_dtype": "bfloat16" if any(t.ggml_type == "BF16" for t in header.tensors.values()) else "float16",
+        # Quantized blocks do not say what they were made from; the models of these families are published in bf16.
+        "torch_dtype": "float16" if any(t.ggml_type == "F16" for t in header.tensors.values()) else "bfloat16",
         **family.settings,
         **_width_of_mlp(meta),
         **_of_family(meta, header, family, hidden, heads, head_dim),
@@ -281,7 +282,7 @@ def _late_gemma(meta: _Metadata, family: Family, hidden: int, heads: int, head_d
             "final_logit_softcapping": meta.number("final_logit_softcapping", 30.0),
             "sliding_window": meta.whole("attention.sliding_window", 4096),
         }
-    # Five sliding layers to one full in every Gemma 3; one-layer test models have none.
+    # Every Gemma 3 has five sliding layers to one full.
     return config | {
         "sliding_window": meta.whole("attention.sliding_window", 1024),
         "sliding_window_pattern": 6,
