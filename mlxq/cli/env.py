@@ -6,7 +6,10 @@ from mlxq.cli.options import Json
 
 
 def command(as_json: Json = False) -> None:
-    """Show versions, device, memory, BLAS and Hub login state of this machine (never the token)."""
+    """Show what this machine is.
+
+    Versions, device, memory, BLAS, and whether there is a Hub login (never the token).
+    """
     from dataclasses import asdict
 
     from mlxq.console import show, show_json

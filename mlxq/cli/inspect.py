@@ -32,7 +32,9 @@ def command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what is in a model, what it would weigh, and whether it fits: headers only, no weights.
+    """Show what is in a model and whether it fits.
+
+    Reads headers only, no weights.
 
     Example: mlxq inspect ./my-model --device mac-m4 --context 8192
     """

@@ -46,7 +46,9 @@ def command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Quantize a model by a recipe: plan, stream, verify, and show what it cost.
+    """Quantize a model by a recipe.
+
+    Plans, streams, verifies, and shows what it cost. The same command continues an interrupted run.
 
     Example: mlxq quantize 4bit --model ./my-model -o ./my-model-4bit
     """

@@ -10,7 +10,7 @@ import typer
 
 from mlxq.cli.options import Json
 
-app = typer.Typer(help="List, show and check recipes.", invoke_without_command=True)
+app = typer.Typer(help="List, show and check recipes.", invoke_without_command=True, rich_markup_mode=None)
 
 
 @app.callback()
