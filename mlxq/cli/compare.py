@@ -1,0 +1,175 @@
+"""``mlxq compare ORIGINAL A B C``."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlxq.cli.options import Json, Quiet
+
+if TYPE_CHECKING:
+    from mlxq.compare import Candidate, Comparison, Settings
+    from mlxq.gates import Gate, GateResult
+
+
+def command(
+    models: Annotated[
+        list[str],
+        typer.Argument(help="The original, then models or recipes: folders, Hub ids, .gguf files, recipe files or names."),
+    ],
+    reference: Annotated[
+        str | None, typer.Option("--reference", help="The original, where it is not the first.", show_default=False)
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="Text file to compare on, or 'self': sampled from the original. Repeatable."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", min=512, help="Most tokens to compare on.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option("--prompts", help="File of prompts (lines, or chat messages as JSON lines) to answer."),
+    ] = None,
+    speed: Annotated[bool, typer.Option("--speed/--no-speed", help="Time each model in a process of its own.")] = True,
+    gate: Annotated[
+        list[str] | None,
+        typer.Option("--gate", help="Fail with exit code 3 unless this holds, such as 'kl_mean<0.05'. Repeatable."),
+    ] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table on stdout.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page.")] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write size against KL as .svg or .png.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure what quantizing cost.
+
+    Size, speed and memory of each model, and how far it is from the original. A recipe is applied in memory.
+
+    Example: mlxq compare ./original ./original-4bit mixed_4_6 --gate 'kl_mean<0.05' --html report.html
+    """
+    from mlxq.errors import BadInputError, GateError
+    from mlxq.gates import check_gates, parse_gate
+    from mlxq.runtime import load_blas
+
+    gates = [parse_gate(line) for line in gate or ()]
+    if plot is not None and plot.suffix not in (".svg", ".png"):
+        raise BadInputError(f"--plot {plot}: name a .svg or .png file")
+    rest = [m for m in models if m != reference] if reference else models[1:]
+    if not rest:
+        raise BadInputError("nothing to compare with the original", "Name models or recipes after it.")
+    load_blas()
+    from mlxq.candidates import load_candidate, model_candidate
+    from mlxq.compare import Settings, read_prompts
+    from mlxq.metrics.forward import on_cpu
+    from mlxq.metrics.speed import CPU_SETTINGS, SpeedSettings
+
+    lengths = (CPU_SETTINGS if on_cpu() else SpeedSettings()) if speed else None
+    settings = Settings(
+        texts=tuple(text or ()), tokens=tokens, speed=lengths, prompts=read_prompts(prompts) if prompts else ()
+    )
+    with tempfile.TemporaryDirectory(prefix="mlxq-compare-") as scratch:
+        original = model_candidate(reference or models[0], Path(scratch))
+        candidates = [load_candidate(name, original, Path(scratch)) for name in rest]
+        comparison, interrupted = _measure(original, candidates, settings, quiet=quiet)
+    if comparison is None:
+        raise KeyboardInterrupt
+    results = check_gates(gates, {r.name: r.metrics() for r in comparison.candidates})
+    _record(comparison, candidates)
+    _show(comparison, results, as_json=as_json, markdown=markdown, html=html, plot=plot)
+    if interrupted:
+        raise KeyboardInterrupt
+    if failed := [result for result in results if not result.passed]:
+        raise GateError("\n".join(_gate_line(result) for result in failed))
+
+
+def _measure(
+    original: Candidate, candidates: Sequence[Candidate], settings: Settings, *, quiet: bool
+) -> tuple[Comparison | None, bool]:
+    """Run the comparison with progress; on Ctrl-C keep what is finished and say so."""
+    from mlxq.compare import Comparison, compare
+    from mlxq.console import stages, warn
+
+    done: Comparison | None = None
+    interrupted = False
+    with stages(quiet=quiet) as meter:
+        try:
+            for event in compare(original, candidates, settings):
+                if isinstance(event, Comparison):
+                    done = event
+                else:
+                    meter.update(f"{event.stage}: {event.model}", event.done, event.total, event.eta_s)
+        except KeyboardInterrupt:
+            interrupted = True
+    if interrupted:
+        warn("stopped; below is what was finished")
+    return done, interrupted
+
+
+def _record(comparison: Comparison, candidates: Sequence[Candidate]) -> None:
+    """Put each stored candidate's results into its ``mlxq.json``."""
+    from mlxq.comparison_report import candidate_facts
+    from mlxq.report import FILE_NAME, read_report, write_report
+
+    for result, candidate in zip(comparison.candidates, candidates, strict=False):
+        if candidate.folder is None or not (candidate.folder / FILE_NAME).is_file():
+            continue
+        report = read_report(candidate.folder / FILE_NAME)
+        report["comparison"] = candidate_facts(result, comparison)
+        # A read-only folder (the Hub's cache, say) is measured all the same.
+        with contextlib.suppress(PermissionError):
+            write_report(report, candidate.folder)
+
+
+def _show(
+    comparison: Comparison,
+    gates: Sequence[GateResult],
+    *,
+    as_json: bool,
+    markdown: bool,
+    html: Path | None,
+    plot: Path | None,
+) -> None:
+    from mlxq import charts, tables
+    from mlxq.compare import verdict
+    from mlxq.comparison_report import comparison_facts, comparison_html, comparison_markdown, footnotes
+    from mlxq.console import note, show, show_json, show_text
+
+    if html is not None:
+        html.write_text(comparison_html(comparison, gates), encoding="utf-8")
+        note(f"wrote {html}")
+    if plot is not None:
+        figure = charts.size_against_kl(comparison)
+        if plot.suffix == ".png":
+            plot.write_bytes(charts.as_png(figure))
+        else:
+            plot.write_text(charts.as_svg(figure), encoding="utf-8")
+        note(f"wrote {plot}")
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(summary).open("a", encoding="utf-8") as file:
+            file.write(comparison_markdown(comparison, gates) + "\n")
+    if as_json:
+        show_json(comparison_facts(comparison, gates))
+    elif markdown:
+        show_text(comparison_markdown(comparison, gates))
+    else:
+        for table in tables.comparison_tables(comparison):
+            show(table)
+        for table in tables.answer_tables(comparison):
+            show(table)
+        for result in comparison.candidates:
+            show_text(verdict(result, comparison.reference) + ".")
+        for line in footnotes(comparison):
+            note(line)
+
+
+def _gate_line(result: GateResult) -> str:
+    gate: Gate = result.gate
+    value = "was not measured" if result.value is None else f"is {result.value:.6g}"
+    return f"gate failed for {result.model}: {gate.text}, and {gate.metric} {value}"

@@ -1,0 +1,379 @@
+"""Compare models with a reference: size, speed, memory, and how far each is from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mlxq.calibration.text import (
+    SELF,
+    TextInfo,
+    TokenizedText,
+    corpus_text,
+    read_texts,
+    sample_from,
+    tokenize,
+)
+from mlxq.errors import BadInputError
+from mlxq.match import layer_index
+from mlxq.metrics.faithfulness import Faithfulness, measure_faithfulness
+from mlxq.metrics.forward import Reference, batch_size, build_reference, evaluation_model, on_cpu
+from mlxq.metrics.size import Size, measure_size
+from mlxq.metrics.speed import Speed, SpeedSettings, measure_speed
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+# The noise floor needs no long text: it is a yardstick, read to one digit.
+_FLOOR_TOKENS = 4096
+_PROBE = "mlxq: a Tokenizer's check, 12345 + x_1 = \u00e9\u4f60\u597d \U0001f600\n\tdef f(): return None"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to measure. ``load`` gives it as an mlx-lm model, its weights unevaluated.
+
+    ``folder`` is where it is stored, or None for one that exists only in memory (a recipe applied to the
+    reference): it then has no speed. ``size`` is counted from the files, or planned. ``layer_bits`` maps each
+    layer's label to its bits per weight. ``load_tokenizer`` is None where it is the reference's own.
+    """
+
+    name: str
+    load: Callable[[], nn.Module]
+    load_tokenizer: Callable[[], Any] | None
+    size: Size
+    layer_bits: Mapping[str, float]
+    folder: Path | None
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """All that was measured of one model; None for what was not. ``tied``: inside the noise floor.
+
+    ``reference_ppl`` is set for the reference alone: its own perplexity, once a candidate was run beside it.
+    """
+
+    name: str
+    size: Size
+    layer_bits: Mapping[str, float]
+    faithfulness: Faithfulness | None
+    speed: Speed | None
+    tied: bool
+    reference_ppl: float | None = None
+
+    def metrics(self) -> dict[str, float | None]:
+        """Every metric by name, None where not measured."""
+        found: dict[str, float | None] = {
+            "size_bytes": self.size.size_bytes,
+            "bits_per_weight": self.size.bits_per_weight,
+        }
+        if self.speed:
+            found |= self.speed.metrics()
+        if self.faithfulness:
+            found |= self.faithfulness.metrics()
+        if self.reference_ppl is not None:
+            found["ppl"] = self.reference_ppl
+        return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The reference (first of ``results``) and every model measured so far.
+
+    ``noise_floor`` is the reference in its own dtype against itself in fp32. ``notes`` say how it was
+    measured. ``complete`` is False for a snapshot taken before the last model.
+    """
+
+    results: tuple[ModelResult, ...]
+    text: TextInfo
+    noise_floor: Faithfulness
+    notes: tuple[str, ...]
+    complete: bool
+
+    @property
+    def reference(self) -> ModelResult:
+        """What the others are measured against."""
+        return self.results[0]
+
+    @property
+    def candidates(self) -> tuple[ModelResult, ...]:
+        """All but the reference."""
+        return self.results[1:]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """``done`` of ``total`` (tokens, or models timed) of ``stage`` for ``model``; ``eta_s`` None at first."""
+
+    stage: str
+    model: str
+    done: int
+    total: int
+    tokens_per_s: float | None
+    eta_s: float | None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare on. ``texts``: files, or the word ``self``; none means the shipped corpus.
+
+    ``tokens`` is the most tokens predicted, in sequences of ``sequence_tokens``. ``speed`` None leaves timing
+    out. ``answer_tokens`` is the longest answer to one of ``prompts``.
+    """
+
+    texts: tuple[str, ...] = ()
+    tokens: int | None = None
+    sequence_tokens: int = 256
+    speed: SpeedSettings | None = field(default_factory=SpeedSettings)
+    prompts: tuple[Any, ...] = ()
+    answer_tokens: int = 128
+
+
+def folder_candidate(name: str, folder: Path) -> Candidate:
+    """A model stored in a folder that mlx-lm can open.
+
+    Raises BadInputError where the folder is not a causal language model.
+    """
+    from mlxq.architecture import open_lazily
+
+    def load_tokenizer() -> Any:
+        from mlx_lm.utils import load_tokenizer as load
+
+        return load(folder)
+
+    return Candidate(
+        name=name,
+        load=lambda: open_lazily(folder, name)[0],
+        load_tokenizer=load_tokenizer,
+        size=measure_size(folder),
+        layer_bits=stored_layer_bits(folder),
+        folder=folder,
+    )
+
+
+def stored_layer_bits(folder: Path) -> dict[str, float]:
+    """Bits per weight of each decoder layer, and of what lies outside them, counted from the files."""
+    from mlxq.sources.safetensors import read_file_header
+
+    bits: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    module_bits = measure_size(folder).module_bits
+    for file in sorted(folder.glob("model*.safetensors")):
+        for tensor in read_file_header(file):
+            module, _, part = tensor.spec.name.rpartition(".")
+            index = layer_index(module)
+            label = str(index) if index is not None else module.rpartition(".")[2]
+            packed = module in module_bits
+            count = tensor.spec.size * 32 / module_bits[module] if packed else tensor.spec.size
+            bits[label] = bits.get(label, 0) + tensor.spec.nbytes * 8
+            # Scales and biases cost bits and hold no weights.
+            weights[label] = weights.get(label, 0) + (count if not packed or part == "weight" else 0)
+    order = sorted(
+        bits, key=lambda label: (not label.startswith("embed"), not label.isdigit(), _number(label))
+    )
+    return {label: bits[label] / weights[label] for label in order if weights[label] > 1e4 or label.isdigit()}
+
+
+def _number(label: str) -> int:
+    return int(label) if label.isdigit() else 0
+
+
+def read_prompts(file: Path) -> tuple[Any, ...]:
+    """Prompts of a file, one per line; a line that is JSON is chat messages: a list, or ``{"messages":
+    [...]}``.
+    """
+    import json
+
+    prompts: list[Any] = []
+    for number, line in enumerate(read_texts([file]).splitlines(), 1):
+        if not line.strip():
+            continue
+        if not line.lstrip().startswith(("[", "{")):
+            prompts.append(line)
+            continue
+        try:
+            found = json.loads(line)
+            messages = found["messages"] if isinstance(found, dict) else found
+            prompts.append([{"role": str(m["role"]), "content": str(m["content"])} for m in messages])
+        except (ValueError, KeyError, TypeError) as exc:
+            raise BadInputError(
+                f"{file}:{number}: not chat messages",
+                'Write a prompt, or JSON such as [{"role": "user", "content": "..."}].',
+            ) from exc
+    return tuple(prompts)
+
+
+def compare(
+    reference: Candidate, candidates: Sequence[Candidate], settings: Settings
+) -> Iterator[Progress | Comparison]:
+    """Measure every model, the reference first. Yields progress, and a Comparison after each finished model.
+
+    The last Comparison holds everything; whoever is interrupted keeps the one before. Of weights, at most one
+    model and the reference's head are in memory at a time (see ``build_reference``). Raises BadInputError for
+    tokenizers that differ and for a text that is empty or too short.
+    """
+    tokenizer = _required_tokenizer(reference)
+    _check_tokenizers(reference, tokenizer, candidates)
+    speed = yield from _timed(reference, settings)
+    model = evaluation_model(reference.load())
+    yield Progress("text", reference.name, 0, 1, None, None)
+    text = _text(model, tokenizer, settings)
+    batches = _batches(text, _vocabulary(model))
+    held = yield from _watched(
+        build_reference(model, [tokens for tokens, _ in batches]),
+        "reference",
+        reference.name,
+        text.info.tokens,
+    )
+    del model
+    few = batches[: max(1, _FLOOR_TOKENS // batches[0][0].size)]
+    floor = yield from _watched(
+        measure_faithfulness(held, evaluation_model(reference.load(), own_dtype=True), few),
+        "noise floor",
+        reference.name,
+        sum(tokens.size for tokens, _ in few),
+    )
+    results = [ModelResult(reference.name, reference.size, reference.layer_bits, None, speed, tied=False)]
+    done = Comparison(
+        tuple(results), text.info, floor, _notes(held, batches, settings, speed), not candidates
+    )
+    yield done
+    for candidate in candidates:
+        speed = yield from _timed(candidate, settings)
+        found = yield from _watched(
+            measure_faithfulness(held, evaluation_model(candidate.load()), batches),
+            "faithfulness",
+            candidate.name,
+            text.info.tokens,
+        )
+        tied = found.kl_mean <= floor.kl_mean + 2 * floor.kl_mean_se
+        results[0] = replace(results[0], reference_ppl=found.ppl_ref)
+        results.append(
+            ModelResult(candidate.name, candidate.size, candidate.layer_bits, found, speed, tied=tied)
+        )
+        done = replace(done, results=tuple(results), complete=len(results) == len(candidates) + 1)
+        yield done
+
+
+def _timed(candidate: Candidate, settings: Settings) -> Generator[Progress, None, Speed | None]:
+    if candidate.folder is None or settings.speed is None:
+        return None
+    yield Progress("speed", candidate.name, 0, 1, None, None)
+    speed = measure_speed(
+        candidate.folder, settings.speed, settings.prompts, answer_tokens=settings.answer_tokens
+    )
+    yield Progress("speed", candidate.name, 1, 1, None, 0.0)
+    return speed
+
+
+def _watched(
+    steps: Generator[int, None, _T], stage: str, model: str, total: int
+) -> Generator[Progress, None, _T]:
+    """Turn the token counts of ``steps`` into progress with rate and time left; return what they return."""
+    began, done = time.perf_counter(), 0
+    yield Progress(stage, model, 0, total, None, None)
+    while True:
+        try:
+            done += next(steps)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        rate = done / (time.perf_counter() - began)
+        yield Progress(stage, model, done, total, rate, max(0, total - done) / rate)
+
+
+def _required_tokenizer(reference: Candidate) -> Any:
+    if reference.load_tokenizer is None:
+        raise BadInputError(f"{reference.name} cannot be the reference: it is a recipe", "Name a model.")
+    return reference.load_tokenizer()
+
+
+def _check_tokenizers(reference: Candidate, tokenizer: Any, candidates: Sequence[Candidate]) -> None:
+    """Numbers per token mean nothing between models that cut text differently."""
+    vocabulary, ids = tokenizer.get_vocab(), tokenizer.encode(_PROBE)
+    for candidate in candidates:
+        if candidate.load_tokenizer is None:
+            continue
+        other = candidate.load_tokenizer()
+        if other.get_vocab() != vocabulary or other.encode(_PROBE) != ids:
+            raise BadInputError(
+                f"{candidate.name} and {reference.name} have different tokenizers: numbers do not compare",
+                "Compare models of one family; --reference names the original.",
+            )
+
+
+def _text(model: nn.Module, tokenizer: Any, settings: Settings) -> TokenizedText:
+    texts, length = settings.texts, settings.sequence_tokens
+    if texts == (SELF,):
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        sequences = max(2, (settings.tokens or 8192) // length)
+        return sample_from(model, sequence_tokens=length, sequences=sequences, start_token=start)
+    if SELF in texts:
+        raise BadInputError("--text self does not mix with files", "Run compare once for each.")
+    if not texts:
+        return tokenize(
+            corpus_text(),
+            "shipped corpus (evaluation)",
+            tokenizer,
+            sequence_tokens=length,
+            limit=settings.tokens,
+        )
+    files = [Path(text) for text in texts]
+    name = ", ".join(file.name for file in files)
+    return tokenize(read_texts(files), name, tokenizer, sequence_tokens=length, limit=settings.tokens)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    """Width of the logits; asks for their shape only, so nothing is computed."""
+    import mlx.core as mx
+
+    return int(model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1])
+
+
+def _batches(text: TokenizedText, vocabulary: int) -> list[tuple[mx.array, mx.array]]:
+    import mlx.core as mx
+
+    from mlxq.runtime import free_memory_bytes
+
+    size = batch_size(text.info.sequence_tokens, vocabulary, free_memory_bytes())
+    rows = [mx.array(text.ids[i : i + size]) for i in range(0, len(text.ids), size)]
+    return [(ids[:, :-1], ids[:, 1:]) for ids in rows]
+
+
+def _notes(
+    held: Reference, batches: Sequence[tuple[mx.array, mx.array]], settings: Settings, speed: Speed | None
+) -> tuple[str, ...]:
+    count, length = batches[0][0].shape
+    notes = [
+        "Faithfulness: fp32 on dequantized weights, on a CPU."
+        if on_cpu()
+        else "Faithfulness: quantized kernels with fp32 activations, on the GPU.",
+        f"Run in batches of {count} sequences of {length} tokens.",
+    ]
+    if not held.is_split:
+        notes.append("The reference stayed in memory whole: its head could not be told from its body.")
+    if speed and speed.device == "cpu":
+        notes.append("Speed and memory were measured on a CPU; on a Mac's GPU they differ.")
+    if settings.speed is None:
+        notes.append("Speed was not measured.")
+    return tuple(notes)
+
+
+def verdict(result: ModelResult, reference: ModelResult) -> str:
+    """One line: how much smaller and faster ``result`` is, and what it cost."""
+    said = [_times(reference.size.size_bytes / result.size.size_bytes, "smaller", "larger")]
+    if result.speed and reference.speed:
+        said.append(_times(result.speed.generation_tps / reference.speed.generation_tps, "faster", "slower"))
+    if found := result.faithfulness:
+        said.append(f"{found.top1_agreement:.1%} top-1 agreement")
+        said.append(f"perplexity {found.ppl_ratio - 1:+.1%} \u00b1 {found.ppl_ratio_se:.1%}")
+    line = f"{result.name} is {', '.join(said)}"
+    return line + ("; inside the noise floor, so tied with the reference" if result.tied else "")
+
+
+def _times(ratio: float, more: str, less: str) -> str:
+    return f"{ratio:.1f}x {more}" if ratio >= 1 else f"{1 / ratio:.1f}x {less}"

@@ -1,0 +1,247 @@
+"""A comparison as data (JSON), as Markdown and as one HTML page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from mlxq import __version__
+from mlxq.compare import Comparison, ModelResult, verdict
+from mlxq.gates import GateResult
+from mlxq.metrics.names import METRICS
+
+SCHEMA = "mlxq.comparison"
+SCHEMA_VERSION = 1
+# The columns of every table, in order; a column that no model has is left out.
+COLUMNS = (
+    "size_bytes",
+    "bits_per_weight",
+    "generation_tps",
+    "prompt_tps",
+    "peak_memory_bytes",
+    "load_s",
+    "kl_mean",
+    "kl_p99",
+    "top1_agreement",
+    "ppl",
+    "ppl_ratio",
+)
+_HISTOGRAM_EDGES = tuple(10 ** (exponent / 4) for exponent in range(-28, 9))
+
+
+def comparison_facts(comparison: Comparison, gates: Sequence[GateResult] = ()) -> dict[str, Any]:
+    """The comparison as JSON data, versioned. A NaN becomes null, and is named in the model's ``nan``."""
+    return {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "mlxq": __version__,
+        "complete": comparison.complete,
+        "reference": comparison.reference.name,
+        "text": dict(vars(comparison.text)),
+        "noise_floor": _finite(comparison.noise_floor.metrics()),
+        "notes": list(comparison.notes),
+        "models": [_model_facts(result, comparison) for result in comparison.results],
+        "gates": [
+            {"model": g.model, "gate": g.gate.text, "value": _number(g.value), "passed": g.passed}
+            for g in gates
+        ],
+    }
+
+
+def _model_facts(result: ModelResult, comparison: Comparison) -> dict[str, Any]:
+    metrics = result.metrics()
+    facts: dict[str, Any] = {
+        "name": result.name,
+        "metrics": _finite(metrics),
+        "nan": sorted(name for name, value in metrics.items() if value is not None and math.isnan(value)),
+        "tied_with_reference": result.tied,
+        "layer_bits": dict(result.layer_bits),
+    }
+    if result is not comparison.reference:
+        facts["verdict"] = verdict(result, comparison.reference)
+    if speed := result.speed:
+        facts["timing"] = {
+            "device": speed.device,
+            "trials": speed.trials,
+            "prompt_tps_spread": speed.prompt_tps_spread,
+            "generation_tps_spread": speed.generation_tps_spread,
+            "settings": dict(vars(speed.settings)),
+        }
+        facts["answers"] = [dict(vars(answer)) for answer in speed.answers]
+    if found := result.faithfulness:
+        facts["kl_histogram"] = _histogram(found.kl_per_token)
+    return facts
+
+
+def _histogram(kl: Any) -> dict[str, Any]:
+    """Counts of tokens by KL divergence: below the first edge, between edges, above the last."""
+    import numpy as np
+
+    edges = np.array(_HISTOGRAM_EDGES)
+    finite = kl[np.isfinite(kl)]
+    counts = np.bincount(np.searchsorted(edges, finite), minlength=len(edges) + 1)
+    return {"edges": [float(edge) for edge in edges], "counts": counts.tolist()}
+
+
+def _finite(metrics: dict[str, float | None]) -> dict[str, float | None]:
+    return {name: _number(value) for name, value in metrics.items() if value is not None}
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def value_text(name: str, value: float | None) -> str:
+    """A metric as tables show it; an en dash where it was not measured."""
+    if value is None:
+        return "\u2013"
+    if math.isnan(value):
+        return "NaN"
+    if METRICS[name].unit == "bytes":
+        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+    if name == "top1_agreement":
+        return f"{value:.1%}"
+    if name == "ppl_ratio":
+        return f"{value - 1:+.2%}"
+    if name in ("bits_per_weight", "load_s", "ppl", "ppl_ref"):
+        return f"{value:.2f}"
+    if METRICS[name].unit == "tokens/s":
+        return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.2e}" if 0 < abs(value) < 1e-4 else f"{value:.4f}"
+
+
+def cell_text(result: ModelResult, name: str) -> str:
+    """A metric of a model, with its standard error where it has one."""
+    metrics = result.metrics()
+    value, error = (
+        metrics.get(name),
+        metrics.get(f"{name.removesuffix('_mean')}_mean_se" if name == "kl_mean" else f"{name}_se"),
+    )
+    text = value_text(name, value)
+    if value is None or error is None or not math.isfinite(error) or not math.isfinite(value):
+        return text
+    return f"{text} \u00b1 {error:.2%}" if name == "ppl_ratio" else f"{text} \u00b1 {error:.1g}"
+
+
+def shown_columns(comparison: Comparison) -> list[str]:
+    """The metrics that at least one model has."""
+    return [name for name in COLUMNS if any(r.metrics().get(name) is not None for r in comparison.results)]
+
+
+def best_names(comparison: Comparison, column: str) -> set[str]:
+    """The models with the best value of a column; all that are tied with the reference where it is the KL.
+
+    Empty where fewer than two models have a value, as there is nothing to win.
+    """
+    found = {r.name: r.metrics().get(column) for r in comparison.results}
+    values = {name: value for name, value in found.items() if value is not None and not math.isnan(value)}
+    if len(values) < 2:
+        return set()
+    pick = min if METRICS[column].better == "lower" else max
+    best = pick(values.values())
+    winners = {name for name, value in values.items() if value == best}
+    tied = {r.name for r in comparison.candidates if r.tied}
+    return winners | tied if column.startswith("kl_") and winners & tied else winners
+
+
+def comparison_markdown(comparison: Comparison, gates: Sequence[GateResult] = ()) -> str:
+    """A table for a model card or a pull request, best values in bold, and what a reader needs to redo it."""
+    columns = shown_columns(comparison)
+    lines = [
+        "| model | " + " | ".join(METRICS[name].label for name in columns) + " |",
+        "|---|" + "---:|" * len(columns),
+    ]
+    for result in comparison.results:
+        cells = []
+        for name in columns:
+            text = cell_text(result, name)
+            cells.append(f"**{text}**" if result.name in best_names(comparison, name) else text)
+        mark = " (reference)" if result is comparison.reference else " (tied)" if result.tied else ""
+        lines.append(f"| {_escaped(result.name)}{mark} | " + " | ".join(cells) + " |")
+    lines.append("")
+    lines += [f"- {_escaped(verdict(result, comparison.reference))}." for result in comparison.candidates]
+    lines += [f"- Gate {'passed' if g.passed else 'FAILED'}: {_escaped(str(g))}." for g in gates]
+    lines += ["", " ".join(footnotes(comparison)), ""]
+    return "\n".join(lines)
+
+
+def footnotes(comparison: Comparison) -> list[str]:
+    """What was measured on what, and how far the noise goes."""
+    text, floor = comparison.text, comparison.noise_floor
+    return [
+        f"Text: {text.name}, {text.tokens} tokens, SHA-256 {text.sha256[:16]}.",
+        f"KL is KL(reference || model) per token, nats; noise floor {value_text('kl_mean', floor.kl_mean)}.",
+        *comparison.notes,
+    ]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def comparison_html(comparison: Comparison, gates: Sequence[GateResult] = ()) -> str:
+    """The whole comparison as one HTML page with its drawings inside; it asks nothing of any network."""
+    import jinja2
+
+    from mlxq import charts
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mlxq"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+    )
+    columns = shown_columns(comparison)
+    rows = [
+        {
+            "name": result.name,
+            "is_reference": result is comparison.reference,
+            "tied": result.tied,
+            "cells": [
+                {"text": cell_text(result, name), "best": result.name in best_names(comparison, name)}
+                for name in columns
+            ],
+        }
+        for result in comparison.results
+    ]
+    bars = charts.speed_bars(comparison)
+    device = next((r.speed.device for r in comparison.results if r.speed), "")
+    return environment.get_template("compare.html").render(
+        comparison=comparison,
+        headings=[METRICS[name].label for name in columns],
+        rows=rows,
+        verdicts=[verdict(result, comparison.reference) for result in comparison.candidates],
+        gates=gates,
+        main_plot=charts.as_svg(charts.size_against_kl(comparison)) if comparison.candidates else None,
+        bars=charts.as_svg(bars) if bars else None,
+        device=device,
+        strip=charts.as_svg(charts.layer_strip(comparison)),
+        distribution=charts.as_svg(charts.kl_distribution(comparison)) if comparison.candidates else None,
+        prompts=_answers_by_prompt(comparison),
+        footnotes=footnotes(comparison),
+        version=__version__,
+    )
+
+
+def _answers_by_prompt(comparison: Comparison) -> list[dict[str, Any]]:
+    timed = [
+        (result.name, result.speed) for result in comparison.results if result.speed and result.speed.answers
+    ]
+    if not timed:
+        return []
+    return [
+        {
+            "prompt": answer.prompt,
+            "answers": [
+                {
+                    "model": name,
+                    "text": speed.answers[index].text,
+                    "tps": f"{speed.answers[index].generation_tps:.1f}",
+                    "memory": value_text("peak_memory_bytes", speed.answers[index].peak_memory_bytes),
+                }
+                for name, speed in timed
+            ],
+        }
+        for index, answer in enumerate(timed[0][1].answers)
+    ]
