@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.errors import MlxqError
+from mlxq.methods.formats import MODES
 from mlxq.sources.safetensors import read_file_header, read_json
 from mlxq.tensors import TensorSpec
 
@@ -56,7 +57,9 @@ def measure_size(folder: Path) -> Size:
 def _logical(module: str, packed: TensorSpec, scales: TensorSpec, quantization: Mapping[str, Any]) -> tuple[int, int]:
     """Bits and columns of a packed weight, from its shapes, checked against what the config records."""
     recorded = quantization.get(module, quantization)
-    group_size, bits = int(recorded["group_size"]), int(recorded["bits"])
+    mode_bits, mode_groups = MODES[recorded.get("mode", "affine")]
+    # mlx_lm's mixed presets write "group_size": null, and MLX reads that as the mode's default.
+    group_size, bits = int(recorded["group_size"] or mode_groups[0]), int(recorded["bits"] or mode_bits[0])
     columns = scales.shape[-1] * group_size
     if packed.shape[-1] * 32 != columns * bits:
         held = packed.shape[-1] * 32 / columns
