@@ -43,9 +43,7 @@ def size_against_kl(comparison: Comparison) -> Figure:
         axes.plot(*zip(*front, strict=True), color=_GREY, linewidth=1, zorder=1, label="Pareto front")
     for result, (size, kl), color in zip(drawn, points, _colors(comparison), strict=False):
         error = result.faithfulness.kl_mean_se if result.faithfulness else 0
-        axes.errorbar(
-            size, kl, yerr=2 * error if math.isfinite(error) else 0, fmt="o", color=color, capsize=2
-        )
+        axes.errorbar(size, kl, yerr=2 * error if math.isfinite(error) else 0, fmt="o", color=color, capsize=2)
         axes.annotate(result.name, (size, kl), xytext=(6, 5), textcoords="offset points", fontsize=8.5)
     if math.isfinite(floor) and floor > 0:
         axes.axhline(floor, color=_GREY, linewidth=1, linestyle=":", label="noise floor")
@@ -132,13 +130,9 @@ def kl_distribution(comparison: Comparison) -> Figure:
             continue
         # A few hundred points draw the same curve as a hundred thousand.
         picked = np.unique(
-            np.concatenate(
-                [np.linspace(0, len(kl) - 1, 300).astype(int), np.arange(max(0, len(kl) - 50), len(kl))]
-            )
+            np.concatenate([np.linspace(0, len(kl) - 1, 300).astype(int), np.arange(max(0, len(kl) - 50), len(kl))])
         )
-        axes.plot(
-            np.maximum(kl[picked], 1e-7), 1 - picked / len(kl), color=color, label=result.name, linewidth=1.5
-        )
+        axes.plot(np.maximum(kl[picked], 1e-7), 1 - picked / len(kl), color=color, label=result.name, linewidth=1.5)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlabel("KL divergence of a token, nats")

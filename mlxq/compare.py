@@ -173,9 +173,7 @@ def stored_layer_bits(folder: Path) -> dict[str, float]:
             bits[label] = bits.get(label, 0) + tensor.spec.nbytes * 8
             # Scales and biases cost bits and hold no weights.
             weights[label] = weights.get(label, 0) + (count if not packed or part == "weight" else 0)
-    order = sorted(
-        bits, key=lambda label: (not label.startswith("embed"), not label.isdigit(), _number(label))
-    )
+    order = sorted(bits, key=lambda label: (not label.startswith("embed"), not label.isdigit(), _number(label)))
     return {label: bits[label] / weights[label] for label in order if weights[label] > 1e4 or label.isdigit()}
 
 
@@ -239,9 +237,7 @@ def compare(
         sum(tokens.size for tokens, _ in few),
     )
     results = [ModelResult(reference.name, reference.size, reference.layer_bits, None, speed, tied=False)]
-    done = Comparison(
-        tuple(results), text.info, floor, _notes(held, batches, settings, speed), not candidates
-    )
+    done = Comparison(tuple(results), text.info, floor, _notes(held, batches, settings, speed), not candidates)
     yield done
     for candidate in candidates:
         speed = yield from _timed(candidate, settings)
@@ -253,9 +249,7 @@ def compare(
         )
         tied = found.kl_mean <= floor.kl_mean + 2 * floor.kl_mean_se
         results[0] = replace(results[0], reference_ppl=found.ppl_ref)
-        results.append(
-            ModelResult(candidate.name, candidate.size, candidate.layer_bits, found, speed, tied=tied)
-        )
+        results.append(ModelResult(candidate.name, candidate.size, candidate.layer_bits, found, speed, tied=tied))
         done = replace(done, results=tuple(results), complete=len(results) == len(candidates) + 1)
         yield done
 
@@ -264,16 +258,12 @@ def _timed(candidate: Candidate, settings: Settings) -> Generator[Progress, None
     if candidate.folder is None or settings.speed is None:
         return None
     yield Progress("speed", candidate.name, 0, 1, None, None)
-    speed = measure_speed(
-        candidate.folder, settings.speed, settings.prompts, answer_tokens=settings.answer_tokens
-    )
+    speed = measure_speed(candidate.folder, settings.speed, settings.prompts, answer_tokens=settings.answer_tokens)
     yield Progress("speed", candidate.name, 1, 1, None, 0.0)
     return speed
 
 
-def _watched(
-    steps: Generator[int, None, _T], stage: str, model: str, total: int
-) -> Generator[Progress, None, _T]:
+def _watched(steps: Generator[int, None, _T], stage: str, model: str, total: int) -> Generator[Progress, None, _T]:
     """Turn the token counts of ``steps`` into progress with rate and time left; return what they return."""
     began, done = time.perf_counter(), 0
     yield Progress(stage, model, 0, total, None, None)

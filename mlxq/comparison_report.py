@@ -43,8 +43,7 @@ def comparison_facts(comparison: Comparison, gates: Sequence[GateResult] = ()) -
         "notes": list(comparison.notes),
         "models": [_model_facts(result, comparison) for result in comparison.results],
         "gates": [
-            {"model": g.model, "gate": g.gate.text, "value": _number(g.value), "passed": g.passed}
-            for g in gates
+            {"model": g.model, "gate": g.gate.text, "value": _number(g.value), "passed": g.passed} for g in gates
         ],
     }
 
@@ -72,6 +71,17 @@ def _model_facts(result: ModelResult, comparison: Comparison) -> dict[str, Any]:
     if found := result.faithfulness:
         facts["kl_histogram"] = _histogram(found.kl_per_token)
     return facts
+
+
+def candidate_facts(result: ModelResult, comparison: Comparison) -> dict[str, Any]:
+    """What one model's ``mlxq.json`` keeps of a comparison: its own metrics, and what they were measured against."""
+    return {
+        "reference": comparison.reference.name,
+        "text": dict(vars(comparison.text)),
+        "noise_floor_kl_mean": _number(comparison.noise_floor.kl_mean),
+        "notes": list(comparison.notes),
+        **_model_facts(result, comparison),
+    }
 
 
 def _histogram(kl: Any) -> dict[str, Any]:
@@ -225,9 +235,7 @@ def comparison_html(comparison: Comparison, gates: Sequence[GateResult] = ()) ->
 
 
 def _answers_by_prompt(comparison: Comparison) -> list[dict[str, Any]]:
-    timed = [
-        (result.name, result.speed) for result in comparison.results if result.speed and result.speed.answers
-    ]
+    timed = [(result.name, result.speed) for result in comparison.results if result.speed and result.speed.answers]
     if not timed:
         return []
     return [

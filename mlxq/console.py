@@ -39,6 +39,11 @@ def show_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
 
 
+def show_text(text: str) -> None:
+    """Print data exactly as it is, whatever the width."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
 def note(message: str, *, quiet: bool = False) -> None:
     """Say something in passing."""
     if not quiet:
@@ -124,5 +129,57 @@ def progress(title: str, *, quiet: bool = False) -> Iterator[Meter]:
                     bar.update(task, completed=done, total=total)
                     if what:
                         bar.update(task, what=what)
+
+            yield Bar()
+
+
+class StageMeter(Protocol):
+    """Takes how far a run of several stages is."""
+
+    def update(self, stage: str, done: int, total: int, eta_s: float | None) -> None:
+        """``done`` of ``total`` steps of ``stage``, with about ``eta_s`` seconds left of it."""
+
+
+class _SilentStages:
+    def update(self, stage: str, done: int, total: int, eta_s: float | None) -> None:
+        pass
+
+
+class _StageLines:
+    """One line as each stage begins, for logs."""
+
+    def __init__(self) -> None:
+        self.stage = ""
+
+    def update(self, stage: str, done: int, total: int, eta_s: float | None) -> None:
+        if stage != self.stage:
+            self.stage = stage
+            note(stage)
+
+
+@contextmanager
+def stages(*, quiet: bool = False) -> Iterator[StageMeter]:
+    """A bar with the current stage and its ETA on a terminal, a line per stage elsewhere, nothing where quiet."""
+    if quiet:
+        yield _SilentStages()
+    elif not sys.stderr.isatty():
+        yield _StageLines()
+    else:
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("[dim]{task.fields[left]}"),
+        )
+        with Progress(*columns, console=stderr(), transient=True) as bar:
+            task = bar.add_task("Comparing", total=None, left="")
+
+            class Bar:
+                def update(self, stage: str, done: int, total: int, eta_s: float | None) -> None:
+                    left = "" if eta_s is None else f"{eta_s:.0f} s left"
+                    bar.update(task, description=stage, completed=done, total=total)
+                    bar.update(task, left=left)
 
             yield Bar()

@@ -87,8 +87,6 @@ def check_gate(gate: Gate, model: str, metrics: Mapping[str, float | None]) -> G
     return GateResult(gate, model, value, passed)
 
 
-def check_gates(
-    gates: Sequence[Gate], models: Mapping[str, Mapping[str, float | None]]
-) -> tuple[GateResult, ...]:
+def check_gates(gates: Sequence[Gate], models: Mapping[str, Mapping[str, float | None]]) -> tuple[GateResult, ...]:
     """Every gate against every model (name -> metrics), model by model."""
     return tuple(check_gate(gate, name, metrics) for name, metrics in models.items() for gate in gates)

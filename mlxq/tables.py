@@ -17,6 +17,7 @@ from mlxq.match import matches
 from mlxq.tensors import FLOAT_DTYPES
 
 if TYPE_CHECKING:
+    from mlxq.compare import Comparison
     from mlxq.devices import Device
     from mlxq.fit import Fit
     from mlxq.inspection import Encoding, InspectedModule, Inspection
@@ -278,3 +279,50 @@ def inspection_facts(
         "recipes": {name: asdict(reckoned) for name, reckoned in fits},
         "encoding": asdict(encoding) if encoding else None,
     }
+
+
+# A comparison has more columns than 100 characters hold: one table for what a model costs, one for how far it is.
+_COST_COLUMNS = ("size_bytes", "bits_per_weight", "generation_tps", "prompt_tps", "peak_memory_bytes", "load_s")
+_FAITHFULNESS_COLUMNS = ("kl_mean", "kl_median", "kl_p99", "top1_agreement", "ppl", "ppl_ratio")
+
+
+def comparison_tables(comparison: Comparison) -> list[Table]:
+    """Size, speed and memory; then the distance from the reference. Best values are marked with a star."""
+    return [
+        _comparison_table(comparison, _COST_COLUMNS, "Cost"),
+        _comparison_table(comparison, _FAITHFULNESS_COLUMNS, f"Distance from {comparison.reference.name}"),
+    ]
+
+
+def _comparison_table(comparison: Comparison, columns: Sequence[str], title: str) -> Table:
+    from mlxq.comparison_report import best_names, cell_text
+    from mlxq.metrics.names import METRICS
+
+    shown = [c for c in columns if any(r.metrics().get(c) is not None for r in comparison.results)]
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for name in shown:
+        table.add_column(METRICS[name].label, justify="right")
+    for result in comparison.results:
+        cells = []
+        for name in shown:
+            best = result.name in best_names(comparison, name)
+            cells.append(f"[bold green]*{cell_text(result, name)}[/]" if best else cell_text(result, name))
+        mark = " (reference)" if result is comparison.reference else " (tied)" if result.tied else ""
+        table.add_row(escape(result.name) + mark, *cells)
+    return table
+
+
+def answer_tables(comparison: Comparison) -> list[Table]:
+    """One table per prompt: every model's answer, with its speed and peak memory."""
+    timed = [(result.name, result.speed.answers) for result in comparison.results if result.speed]
+    tables = []
+    for index in range(max((len(answers) for _, answers in timed), default=0)):
+        table = _table("model", "answer", "tokens/s", "memory", right=("tokens/s", "memory"))
+        table.title = escape(timed[0][1][index].prompt)
+        for name, answers in timed:
+            answer = answers[index]
+            memory = size_text(answer.peak_memory_bytes)
+            table.add_row(escape(name), escape(answer.text), f"{answer.generation_tps:.1f}", memory)
+        tables.append(table)
+    return tables

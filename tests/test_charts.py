@@ -21,9 +21,7 @@ from mlxq.metrics.speed import Answer, Speed, SpeedSettings
 
 def faithful(kl: float) -> Faithfulness:
     per_token = np.full(50, kl, np.float32)
-    return Faithfulness(
-        50, kl, kl / 10, kl, 2 * kl, None, 3 * kl, 0.961, 10.21, 10.0, 1.021, 0.003, 0.01, per_token
-    )
+    return Faithfulness(50, kl, kl / 10, kl, 2 * kl, None, 3 * kl, 0.961, 10.21, 10.0, 1.021, 0.003, 0.01, per_token)
 
 
 def timed(tps: float) -> Speed:
@@ -45,9 +43,7 @@ def comparison() -> Comparison:
         result("B", 1_000_000, 0.05, 19),
         result("<C>", 2_000_000, 0.06, 15),
     )
-    return Comparison(
-        results, TextInfo("corpus", "ab" * 32, 50, 25), faithful(1e-4), ("A note.",), complete=True
-    )
+    return Comparison(results, TextInfo("corpus", "ab" * 32, 50, 25), faithful(1e-4), ("A note.",), complete=True)
 
 
 def test_pareto_front_leaves_out_what_another_beats_in_both() -> None:
@@ -86,9 +82,7 @@ def test_drawing_is_the_same_each_time(comparison: Comparison) -> None:
 def test_nan_is_shown_and_never_best_and_json_stays_valid(comparison: Comparison) -> None:
     broken = replace(comparison.candidates[0], faithfulness=faithful(math.nan))
     broken_comparison = replace(comparison, results=(comparison.reference, broken, comparison.candidates[1]))
-    row = next(
-        line for line in comparison_markdown(broken_comparison).splitlines() if line.startswith("| B ")
-    )
+    row = next(line for line in comparison_markdown(broken_comparison).splitlines() if line.startswith("| B "))
     assert "| NaN |" in row
     assert "**NaN" not in row
     facts = json.loads(json.dumps(comparison_facts(broken_comparison), allow_nan=False))

@@ -75,9 +75,7 @@ def test_masked_tokens_cost_nothing_and_nan_stays_nan(measure: Any) -> None:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_comparison_with_itself_is_zero(batches: list[tuple[mx.array, mx.array]], tied: bool) -> None:
-    found = compared(
-        evaluation_model(tiny_llama(tied=tied)), evaluation_model(tiny_llama(tied=tied)), batches
-    )
+    found = compared(evaluation_model(tiny_llama(tied=tied)), evaluation_model(tiny_llama(tied=tied)), batches)
     assert found.kl_max == pytest.approx(0, abs=1e-6)
     assert found.top1_agreement == 1
     assert found.ppl_ratio == pytest.approx(1, abs=1e-6)
@@ -208,6 +206,4 @@ def test_nan_logits_are_reported_as_nan(batches: list[tuple[mx.array, mx.array]]
     broken = evaluation_model(tiny_llama())
     broken.model.norm.weight = broken.model.norm.weight * mx.nan
     found = compared(evaluation_model(tiny_llama()), broken, batches)
-    assert all(
-        math.isnan(v) for v in (found.kl_mean, found.kl_p99, found.kl_max, found.ppl, found.top1_agreement)
-    )
+    assert all(math.isnan(v) for v in (found.kl_mean, found.kl_p99, found.kl_max, found.ppl, found.top1_agreement))

@@ -24,9 +24,7 @@ def test_gates_are_read_with_their_units(text: str, limit: float) -> None:
     assert parse_gate(text).limit == limit
 
 
-@pytest.mark.parametrize(
-    "text", ["", "kl_mean", "kl_mean==0.1", "kl_mean<", "kl_mean<abc", "<0.1", "kl_mean<0.1 0.2"]
-)
+@pytest.mark.parametrize("text", ["", "kl_mean", "kl_mean==0.1", "kl_mean<", "kl_mean<abc", "<0.1", "kl_mean<0.1 0.2"])
 def test_what_is_no_gate_is_refused(text: str) -> None:
     with pytest.raises(BadInputError, match="cannot read the gate"):
         parse_gate(text)

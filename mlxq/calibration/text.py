@@ -54,18 +54,14 @@ def read_texts(files: Sequence[Path]) -> str:
         except OSError as exc:
             raise BadInputError(f"cannot read the text {file}: {exc.strerror}") from exc
         except UnicodeDecodeError as exc:
-            raise BadInputError(
-                f"{file} is not UTF-8 text (byte {exc.start})", "Convert it, e.g. with iconv."
-            ) from exc
+            raise BadInputError(f"{file} is not UTF-8 text (byte {exc.start})", "Convert it, e.g. with iconv.") from exc
         if not text.strip():
             raise BadInputError(f"{file} is empty", "Give a file with a few thousand words.")
         texts.append(text)
     return "\n\n".join(texts)
 
 
-def tokenize(
-    text: str, name: str, tokenizer: Any, *, sequence_tokens: int, limit: int | None = None
-) -> TokenizedText:
+def tokenize(text: str, name: str, tokenizer: Any, *, sequence_tokens: int, limit: int | None = None) -> TokenizedText:
     """Cut ``text`` into rows of ``sequence_tokens`` + 1 tokens; a rest that fills no row is left out.
 
     ``limit`` is the most tokens to predict: rows are then taken evenly from the whole text, so that each kind

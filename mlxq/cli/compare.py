@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 def command(
     models: Annotated[
         list[str],
-        typer.Argument(help="The original, then models or recipes: folders, Hub ids, .gguf files, recipe files or names."),
+        typer.Argument(
+            help="The original, then models or recipes: folders, Hub ids, .gguf files, recipe files or names."
+        ),
     ],
     reference: Annotated[
         str | None, typer.Option("--reference", help="The original, where it is not the first.", show_default=False)

@@ -120,10 +120,7 @@ def _replacements() -> dict[type, Callable[[nn.Module, bool, mx.Dtype | None], n
             """Rows of the weight in fp32; scales and biases are widened first, so nothing is rounded on the
             way.
             """
-            part = {
-                name: array if name == "global_scale" else array[index]
-                for name, array in self._stored.items()
-            }
+            part = {name: array if name == "global_scale" else array[index] for name, array in self._stored.items()}
             if "scales" not in part:
                 plain: mx.array = part["weight"]
                 return plain.astype(mx.float32)

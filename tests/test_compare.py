@@ -1,0 +1,176 @@
+"""``mlxq compare`` end to end on tiny models: folders, recipes applied in memory, gates, and bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from typer.testing import CliRunner, Result
+
+from mlxq.candidates import is_recipe, model_candidate, recipe_candidate
+from mlxq.cli import app
+from mlxq.compare import Comparison, Settings, compare, folder_candidate
+from mlxq.errors import BadInputError, GateError
+from mlxq.pipeline import Options, prepare, run
+from mlxq.recipe import load_recipe
+from tests.checkpoints import LLAMA, build, llama, save
+
+FAST = ("--no-speed", "--tokens", "1024")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``original`` and its ``4bit``."""
+    root = tmp_path_factory.mktemp("models")
+    llama(root / "original", hidden_size=64, intermediate_size=128)
+    options = Options()
+    for _ in run(prepare(load_recipe("4bit"), str(root / "original"), options), root / "4bit", options):
+        pass
+    return root
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["compare", *arguments])
+
+
+def facts(result: Result) -> dict[str, Any]:
+    assert result.exception is None, result.exception
+    found = json.loads(result.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_recipe_in_memory_measures_as_the_folder_it_would_write(models: Path) -> None:
+    result = invoke(str(models / "original"), str(models / "4bit"), "4bit", "8bit", *FAST, "--json")
+    reference, folder, recipe, better = facts(result)["models"]
+    assert reference["metrics"]["bits_per_weight"] == 16
+    for name in ("size_bytes", "bits_per_weight", "kl_mean", "kl_p99", "top1_agreement", "ppl"):
+        assert recipe["metrics"][name] == pytest.approx(folder["metrics"][name], rel=1e-6), name
+    assert recipe["layer_bits"] == pytest.approx(folder["layer_bits"])
+    assert 0 < better["metrics"]["kl_mean"] < recipe["metrics"]["kl_mean"]
+
+
+def test_a_model_compared_with_itself_is_at_distance_zero_and_tied(models: Path) -> None:
+    original = folder_candidate("original", models / "original")
+    *_, last = compare(original, [original], Settings(tokens=1024, speed=None))
+    assert isinstance(last, Comparison)
+    assert last.complete
+    found = last.candidates[0].faithfulness
+    assert found is not None
+    assert abs(found.kl_mean) < 1e-6
+    assert found.top1_agreement == 1
+    assert found.ppl_ratio == pytest.approx(1)
+    assert last.candidates[0].tied
+
+
+def test_results_go_into_the_candidates_report(models: Path) -> None:
+    result = invoke(str(models / "original"), str(models / "4bit"), *FAST, "--json")
+    measured = facts(result)["models"][1]["metrics"]["kl_mean"]
+    report = json.loads((models / "4bit" / "mlxq.json").read_text())
+    assert report["comparison"]["metrics"]["kl_mean"] == measured
+    assert report["comparison"]["reference"] == "original"
+    assert report["files"]
+
+
+def test_gates_fail_with_exit_code_3_and_a_line_each(
+    models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    gates = ("--gate", "kl_mean<0", "--gate", "size_bytes<1B", "--gate", "bits_per_weight<9")
+    result = invoke(str(models / "original"), str(models / "4bit"), *FAST, *gates)
+    assert isinstance(result.exception, GateError)
+    assert result.exception.exit_code == 3
+    assert len(result.exception.message.splitlines()) == 2
+    assert "4bit" in (tmp_path / "summary.md").read_text()
+
+
+def test_nan_is_shown_as_nan_and_fails_every_gate(models: Path, tmp_path: Path) -> None:
+    config = {**LLAMA, "hidden_size": 64, "intermediate_size": 128}
+    weights = build(config)[1]
+    weights["model.norm.weight"] = weights["model.norm.weight"] * math.nan
+    broken = save(tmp_path / "broken", config, weights)
+    result = invoke(str(models / "original"), str(broken), *FAST, "--gate", "kl_mean<1e9")
+    assert isinstance(result.exception, GateError)
+    assert "NaN" in result.stdout
+    assert "nan" in facts(invoke(str(models / "original"), str(broken), *FAST, "--json"))["models"][1]
+
+
+def test_speed_and_answers_come_from_a_process_of_their_own(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text('abc\n[{"role": "user", "content": "def"}]\n')
+    result = invoke(
+        str(models / "original"),
+        str(models / "4bit"),
+        "--tokens",
+        "1024",
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        "--json",
+    )
+    for model in facts(result)["models"]:
+        assert model["metrics"]["generation_tps"] > 0
+        assert model["metrics"]["peak_memory_bytes"] > 0
+        assert [answer["prompt"] for answer in model["answers"]] == ["abc", "def"]
+
+
+def test_html_is_one_file_without_outside_requests(models: Path, tmp_path: Path) -> None:
+    page, plot = tmp_path / "r.html", tmp_path / "p.svg"
+    result = invoke(str(models / "original"), "4bit", *FAST, "--html", str(page), "--plot", str(plot), "--markdown")
+    assert result.exception is None
+    assert result.stdout.startswith("| model |")
+    assert "<svg" in page.read_text()
+    assert plot.read_text().startswith("<svg")
+    assert not any(word in page.read_text() for word in ("<script src", "<link", "url(http", "@import"))
+
+
+def test_different_tokenizers_are_refused(models: Path, tmp_path: Path) -> None:
+    other = llama(tmp_path / "other", hidden_size=64, intermediate_size=128)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["!"], vocabulary['"'] = vocabulary['"'], vocabulary["!"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    result = invoke(str(models / "original"), str(other), *FAST)
+    assert isinstance(result.exception, BadInputError)
+    assert "tokenizer" in result.exception.message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("original",), "nothing to compare"),
+        (("original", "nowhere"), "no model at"),
+        (("original", "4bit", "--gate", "kl_meen<1"), "kl_mean"),
+        (("original", "4bit", "--text", "missing.txt"), "missing.txt"),
+        (("original", "4bit", "--text", "short.txt"), "short"),
+        (("original", "4bit", "--plot", "x.pdf"), "--plot"),
+    ],
+)
+def test_bad_input_is_one_clear_line(
+    models: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.chdir(models)
+    (models / "short.txt").write_text("too little")
+    result = invoke(*arguments, "--no-speed")
+    assert isinstance(result.exception, BadInputError)
+    assert said in result.exception.message + (result.exception.hint or "")
+    assert len(result.exception.message.splitlines()) == 1
+
+
+def test_recipes_and_models_are_told_apart(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_recipe("mixed_4_6")
+    assert is_recipe("some/recipe.yaml")
+    assert not is_recipe("org/name")
+    monkeypatch.chdir(models)
+    assert not is_recipe("4bit"), "a folder of that name is there"
+
+
+def test_a_recipe_keeps_what_the_plan_keeps(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("default: {bits: 8}\nrules: [{match: lm_head, keep: true}]\n")
+    reference = model_candidate(str(models / "original"), tmp_path)
+    model = recipe_candidate(load_recipe(tmp_path / "r.yaml"), reference).load()
+    assert not hasattr(model.lm_head, "scales")
+    assert model.lm_head.weight.dtype == mx.bfloat16
+    assert model.model.layers[0].mlp.down_proj.bits == 8
