@@ -63,6 +63,15 @@ def parse_gate(text: str) -> Gate:
     return Gate(metric, relation, _limit(float(number), unit, metric, text), text.strip())
 
 
+def gate_fault(text: str) -> str | None:
+    """Say what is wrong with a gate, or None."""
+    try:
+        parse_gate(text)
+    except BadInputError as error:
+        return f"{error.message}. {error.hint}" if error.hint else error.message
+    return None
+
+
 def _limit(number: float, unit: str | None, metric: str, text: str) -> float:
     if unit is None:
         return number

@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from mlxq.errors import RecipeError
+from mlxq.gates import gate_fault
 from mlxq.match import pattern_fault, slice_fault
 from mlxq.methods.formats import MODES, Format, fault_of
 from mlxq.recipe_yaml import Document, KeyPath, heading, parse_value, read_document
@@ -54,6 +55,8 @@ class Recipe:
     rules: tuple[Rule, ...]
     strict: bool
     """A width that no group size divides is an error, not a reason to fall back."""
+    gates: tuple[str, ...]
+    """What the result must measure, such as ``kl_mean<0.05``."""
     text: str = field(compare=False)
     """The YAML as it was written."""
     description: str = field(compare=False)
@@ -68,6 +71,7 @@ class Recipe:
             "default": None if self.default is None else self.default.as_config(),
             "rules": [_resolved_rule(rule) for rule in self.rules],
             "strict": self.strict,
+            "gates": list(self.gates),
         }
         return {key: value for key, value in data.items() if value is not None}
 
@@ -230,6 +234,10 @@ class _RecipeModel(_Model):
     )
     rules: list[_RuleModel] = Field(default=[], description="First match wins.")
     strict: bool = Field(default=False, description="Fail where no group size divides a width, rather than fall back.")
+    gates: list[str] = Field(
+        default=[],
+        description="What the result must measure against the original, such as kl_mean<0.05; else exit code 3.",
+    )
 
 
 # Where a value came from, so that each fault can say so.
@@ -454,6 +462,10 @@ def _build(draft: _Draft, name: str, faults: list[_Fault]) -> Recipe:
     listed = data.get("rules")
     raw_rules = listed if isinstance(listed, list) else []
     rules = [_rule(draft, index, raw, default, faults) for index, raw in enumerate(raw_rules) if isinstance(raw, dict)]
+    gates = [text for text in _listed(data.get("gates")) if isinstance(text, str)]
+    for index, text in enumerate(gates):
+        if fault := gate_fault(text):
+            faults.append(_Fault(draft.origin(("gates", index)), fault))
     if faults:
         raise RecipeError(_render(faults))
     return Recipe(
@@ -465,6 +477,7 @@ def _build(draft: _Draft, name: str, faults: list[_Fault]) -> Recipe:
         default=default,
         rules=tuple(rule for rule in rules if rule is not None),
         strict=data.get("strict", False),
+        gates=tuple(gates),
         text="",
         description="",
     )

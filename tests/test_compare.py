@@ -174,3 +174,27 @@ def test_a_recipe_keeps_what_the_plan_keeps(models: Path, tmp_path: Path) -> Non
     assert not hasattr(model.lm_head, "scales")
     assert model.lm_head.weight.dtype == mx.bfloat16
     assert model.model.layers[0].mlp.down_proj.bits == 8
+
+
+def test_quantize_checks_the_gates_of_its_recipe(models: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "gated.yaml"
+    recipe.write_text("default: {bits: 4}\ngates: ['bits_per_weight<9', 'kl_mean<0']\n")
+    arguments = [
+        "quantize",
+        str(recipe),
+        "--model",
+        str(models / "original"),
+        "--no-generate",
+        "-o",
+        str(tmp_path / "out"),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, GateError)
+    assert result.exception.message.splitlines() == [
+        line for line in result.exception.message.splitlines() if "kl_mean" in line
+    ]
+    assert json.loads((tmp_path / "out" / "mlxq.json").read_text())["comparison"]["metrics"]["kl_mean"] > 0
+    recipe.write_text("default: {bits: 4}\ngates: ['kl_meen<0']\n")
+    result = CliRunner().invoke(app, arguments)
+    assert isinstance(result.exception, BadInputError)
+    assert "gated.yaml:2: gates[0]" in result.exception.message

@@ -83,7 +83,7 @@ def test_without_a_default_nothing_is_quantized(here: Path) -> None:
     Path("cast.yaml").write_text("dtype: float16\n")
     recipe = load_recipe("cast.yaml")
     assert (recipe.default, recipe.rules, recipe.dtype) == (None, (), "float16")
-    assert recipe.resolved() == {"dtype": "float16", "rules": [], "strict": False}
+    assert recipe.resolved() == {"dtype": "float16", "rules": [], "strict": False, "gates": []}
 
 
 @given(st.sampled_from([*MODES]))
@@ -327,6 +327,7 @@ def test_the_json_schema_describes_every_key() -> None:
         "default",
         "rules",
         "strict",
+        "gates",
     }
     assert models[1]["required"] == ["match"]
     for text in [FULL, *(recipe.text for recipe in shipped_recipes())]:

@@ -15,7 +15,7 @@ from mlxq.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
     from mlxq.compare import Candidate, Comparison, Settings
-    from mlxq.gates import Gate, GateResult
+    from mlxq.gates import GateResult
 
 
 def command(
@@ -88,7 +88,7 @@ def command(
     if interrupted:
         raise KeyboardInterrupt
     if failed := [result for result in results if not result.passed]:
-        raise GateError("\n".join(_gate_line(result) for result in failed))
+        raise GateError("\n".join(f"gate failed for {result}" for result in failed))
 
 
 def _measure(
@@ -112,6 +112,36 @@ def _measure(
     if interrupted:
         warn("stopped; below is what was finished")
     return done, interrupted
+
+
+def check_recipe_gates(gates: Sequence[str], model: str, out: Path, *, quiet: bool) -> None:
+    """Compare ``out`` with the model it was made from and hold it against a recipe's gates.
+
+    The results go into its ``mlxq.json``. Raises GateError with a line per failed gate.
+    """
+    from mlxq.candidates import model_candidate
+    from mlxq.compare import Settings
+    from mlxq.console import note
+    from mlxq.errors import GateError
+    from mlxq.gates import check_gates, parse_gate
+    from mlxq.metrics.forward import on_cpu
+    from mlxq.metrics.speed import CPU_SETTINGS, SPEED_METRICS, SpeedSettings
+
+    parsed = [parse_gate(line) for line in gates]
+    timed = any(gate.metric in SPEED_METRICS for gate in parsed)
+    lengths = (CPU_SETTINGS if on_cpu() else SpeedSettings()) if timed else None
+    with tempfile.TemporaryDirectory(prefix="mlxq-compare-") as scratch:
+        original = model_candidate(model, Path(scratch))
+        candidate = model_candidate(str(out), Path(scratch))
+        comparison, _ = _measure(original, [candidate], Settings(speed=lengths), quiet=quiet)
+    if comparison is None or not comparison.complete:
+        raise KeyboardInterrupt
+    _record(comparison, [candidate])
+    results = check_gates(parsed, {r.name: r.metrics() for r in comparison.candidates})
+    for result in results:
+        note(f"gate {'passed' if result.passed else 'failed'}: {result}", quiet=quiet)
+    if failed := [result for result in results if not result.passed]:
+        raise GateError("\n".join(f"gate failed for {result}" for result in failed), f"The model is in {out}.")
 
 
 def _record(comparison: Comparison, candidates: Sequence[Candidate]) -> None:
@@ -169,9 +199,3 @@ def _show(
             show_text(verdict(result, comparison.reference) + ".")
         for line in footnotes(comparison):
             note(line)
-
-
-def _gate_line(result: GateResult) -> str:
-    gate: Gate = result.gate
-    value = "was not measured" if result.value is None else f"is {result.value:.6g}"
-    return f"gate failed for {result.model}: {gate.text}, and {gate.metric} {value}"

@@ -91,6 +91,10 @@ def command(
         show_plan(plan, out=out, why=why, as_json=as_json, quiet=quiet)
         return
     finished = write_model(plan, out, options, force=force, generate=generate, as_json=as_json, quiet=quiet)
+    if plan.recipe.gates:
+        from mlxq.cli.compare import check_recipe_gates
+
+        check_recipe_gates(plan.recipe.gates, plan.source.name, out, quiet=quiet)
     if recorded is not None and (differing := differing_files(finished.report, recorded)):
         raise MlxqError(
             f"{out} differs from what {locked} records in {', '.join(differing)}",

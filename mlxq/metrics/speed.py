@@ -34,6 +34,15 @@ class SpeedSettings:
     budget_s: float = 60.0
 
 
+SPEED_METRICS = (
+    "load_s",
+    "prompt_tps",
+    "generation_tps",
+    "load_peak_memory_bytes",
+    "peak_memory_bytes",
+    "active_memory_bytes",
+)
+
 # MLX's CPU backend multiplies quantized matrices about a hundred times slower than a Mac's GPU does.
 CPU_SETTINGS = SpeedSettings(prompt_tokens=32, generation_tokens=8, trials=3, budget_s=30.0)
 
@@ -72,9 +81,7 @@ class Speed:
 
     def metrics(self) -> dict[str, float]:
         """The scalars by metric name."""
-        names = ("load_s", "prompt_tps", "generation_tps")
-        memory = ("load_peak_memory_bytes", "peak_memory_bytes", "active_memory_bytes")
-        return {name: getattr(self, name) for name in (*names, *memory)}
+        return {name: getattr(self, name) for name in SPEED_METRICS}
 
 
 def measure_speed(
