@@ -149,27 +149,29 @@ def open_lazily(
 
 def _explained(exc: Exception, folder: Path, name: str) -> BadInputError:
     """Turn what ``mlx_lm`` raised into one line and a way forward."""
-    first_line = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+    # Some messages list the parameters they mean on the lines that follow.
+    said = " ".join(str(exc).split()) or type(exc).__name__
+    said = said if len(said) <= 300 else said[:300] + " ..."
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     method = (config.get("quantization_config") or {}).get("quant_method")
     if "model_type" not in config:
         return BadInputError(f"{name}: config.json has no model_type", "It is no language model mlx-lm knows.")
-    if "not supported" in first_line and "Model type" in first_line:
+    if "not supported" in said and "Model type" in said:
         return BadInputError(
             f"{name}: this mlx-lm has no architecture {config['model_type']!r}", "Try: pip install -U mlx-lm"
         )
-    if "trust_remote_code" in first_line:
+    if "trust_remote_code" in said:
         return BadInputError(
             f"{name} wants to run its own code ({config.get('model_file')})",
             "Read that file; if you trust it, add --trust-remote-code.",
         )
     if method is not None:
         return BadInputError(
-            f"{name} is quantized as {method!r} in a way mlx-lm cannot read: {first_line}",
+            f"{name} is quantized as {method!r} in a way mlx-lm cannot read: {said}",
             "Start from the unquantized original, or dequantize it to bfloat16 with the tool that made it.",
         )
     return BadInputError(
-        f"{name} does not fit mlx-lm's {config['model_type']!r} model: {type(exc).__name__}: {first_line}",
+        f"{name} does not fit mlx-lm's {config['model_type']!r} model: {type(exc).__name__}: {said}",
         "The checkpoint may be incomplete, or of a newer kind: try pip install -U mlx-lm",
     )
 

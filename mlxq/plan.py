@@ -20,6 +20,9 @@ from mlxq.tensors import DTYPE_BY_NAME, FLOAT_DTYPES, TensorSpec
 # mlx_lm starts a new shard where one would pass 5 GiB.
 SHARD_BYTES = 5 << 30
 
+# Who decided, for a module that the source holds quantized in a format MLX reads.
+KEPT_AS_STORED = "as stored in the source"
+
 _QUANTIZED_PARTS = ("weight", "scales", "biases")
 
 
@@ -225,7 +228,7 @@ def _decide(
     if rule and tied and any(p == "lm_head" for p in rule.patterns) and not _names_embedding(rule, module.path):
         note = "the head is tied to this embedding, so the rule for lm_head applies here"
     if module.stored and not open_up:
-        wanted, by, note = module.stored, "kept as stored in the source", None
+        wanted, by, note = module.stored, KEPT_AS_STORED, None
     elif wanted is not None and not (rule and _named_by(rule, module.path, architecture)):
         # What the model asks for is a floor; only a rule that names the module goes below it.
         if module.asked is False:
@@ -296,8 +299,9 @@ def _steps(
             outputs = layout(spec, decision.format) if decision.format else (spec,)
             steps.append(Step(name, spec, None, decision.format, True, False, outputs))
             continue
-        spec = replace(parameter.spec, dtype=decision.dtype if decision and part == "weight" else dtypes[name])
-        encode = decision.format if decision and part == "weight" and module not in stored else None
+        numbers = decision if part == "weight" and module not in stored else None
+        spec = replace(parameter.spec, dtype=numbers.dtype if numbers else dtypes[name])
+        encode = numbers.format if numbers else None
         outputs = layout(spec, encode) if encode else (spec,)
         steps.append(Step(name, spec, parameter.source, encode, False, repack and encode is not None, outputs))
     return tuple(steps)

@@ -14,6 +14,7 @@ from rich.table import Table
 from mlxq.errors import BadInputError
 from mlxq.fold import fold
 from mlxq.match import matches
+from mlxq.plan import KEPT_AS_STORED
 from mlxq.tensors import FLOAT_DTYPES
 
 if TYPE_CHECKING:
@@ -92,8 +93,19 @@ def plan_summary(plan: Plan) -> list[str]:
         f"({size_text(plan.file_bytes)}), {plan.bits_per_weight:.3f} bits per weight; "
         f"the source has {size_text(plan.source.stored_bytes)}."
     ]
+    return lines + [f"[yellow]*[/] {escape(line)}" for line in plan_notes(plan)]
+
+
+def plan_notes(plan: Plan) -> list[str]:
+    """What a person should know before the plan runs: deviations, folded by layer, and formats the source imposes."""
     notes = [(d.path, d.note) for d in plan.decisions if d.note]
-    lines += [f"[yellow]*[/] {escape(f.path)}: {escape(str(f.attributes))}" for f in fold(notes)]
+    lines = [f"{folded.path}: {folded.attributes}" for folded in fold(notes)]
+    kept = Counter(str(d.format) for d in plan.decisions if d.by == KEPT_AS_STORED)
+    if kept and (plan.recipe.default or plan.recipe.rules):
+        formats = ", ".join(f"{count} in {fmt}" for fmt, count in kept.items())
+        lines.append(
+            f"{sum(kept.values())} modules stay as the source has them quantized ({formats}); --requantize opens them"
+        )
     return lines
 
 

@@ -35,9 +35,10 @@ def write_model(
     """Run a plan with progress, then show the result and the line that tries it."""
     from mlxq.execute import Progress
     from mlxq.pipeline import Finished, Resumed, run
+    from mlxq.tables import plan_notes
 
     began = time.perf_counter()
-    for line in plan.notes:
+    for line in plan_notes(plan):
         note(line, quiet=quiet)
     finished: Finished | None = None
     partial = out.with_name(out.name + ".partial")
