@@ -25,8 +25,8 @@ from mlxq.writer import PartialFolder
 if TYPE_CHECKING:
     import mlx.core as mx
 
-# Source bytes a worker holds at a time. Large enough to keep disk and kernels busy, small enough not to matter.
-BLOCK_BYTES = 16 << 20
+# Source bytes a worker holds at a time: enough to keep disk and kernels busy, few enough to stay in reused memory.
+BLOCK_BYTES = 4 << 20
 # What MLX may keep of freed buffers while streaming.
 CACHE_BYTES = 64 << 20
 
