@@ -18,7 +18,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mlxq.architecture import open_lazily
+from mlxq.arrays import as_bytes, as_matrix, to_mlx
+from mlxq.calibration.guided import guided_weights
 from mlxq.errors import MlxqError
+from mlxq.methods.encode import Guide, encode
+from mlxq.methods.gptq import Feedback
 from mlxq.plan import Plan, Step
 from mlxq.tensors import DTYPE_BITS, FLOAT_DTYPES, TensorSpec
 from mlxq.writer import PartialFolder
@@ -39,12 +43,14 @@ IDLE_S = 0.05
 class Held:
     """A step's arrays in memory, each as a matrix of rows: a weight, and scales and biases where it is quantized.
 
-    ``dtypes`` are the arrays' own (numpy has no BF16); ``stored`` says how to read a quantized weight.
+    ``dtypes`` are the arrays' own (numpy has no BF16); ``stored`` says how to read a quantized weight; ``guide`` is
+    what calibration says of it.
     """
 
     rows: Mapping[str, npt.NDArray[Any]]
     dtypes: Mapping[str, str]
     stored: Mapping[str, Any] | None
+    guide: Guide | None
 
 
 @dataclass(frozen=True)
@@ -77,10 +83,19 @@ def worker_count() -> int:
 
 def blocks_of(step: Step) -> list[Block]:
     """Cut a step into blocks of whole rows of at most ``BLOCK_BYTES`` as numbers."""
-    rows = step.spec.rows
-    row_bytes = max(1, step.spec.nbytes // max(rows, 1))
-    per_block = max(1, BLOCK_BYTES // row_bytes)
-    return [Block(step, start, min(start + per_block, rows)) for start in range(0, max(rows, 1), per_block)]
+    rows = max(step.spec.rows, 1)
+    per_block = max(1, BLOCK_BYTES // max(1, step.spec.nbytes // rows))
+    if not step.guided:
+        return [Block(step, start, min(start + per_block, rows)) for start in range(0, rows, per_block)]
+    # Each expert of a stack has a guide of its own. A share of error feedback's work is the same for any count of
+    # rows, so blocks of few long rows would waste it.
+    per_block = max(per_block, step.spec.shape[-1] // 2)
+    whole = step.spec.shape[-2]
+    return [
+        Block(step, first + start, first + min(start + per_block, whole))
+        for first in range(0, rows, whole)
+        for start in range(0, whole, per_block)
+    ]
 
 
 def execute(plan: Plan, folder: PartialFolder, *, trust_remote_code: bool = False) -> Iterator[Progress]:
@@ -135,10 +150,11 @@ class _Work:
         self.plan = plan
         self.folder = folder
         self.trust_remote_code = trust_remote_code
-        self.to_assemble = [step for step in todo if step.source is None]
+        self.guided = [step for step in todo if step.guided]
+        self.to_assemble = [step for step in todo if step.source is None and not step.guided]
         self.straight: queue.SimpleQueue[Block] = queue.SimpleQueue()
         for step in todo:
-            if step.source is not None:
+            if step.source is not None and not step.guided:
                 for block in blocks_of(step):
                     self.straight.put(block)
         self.assembled: queue.SimpleQueue[Block] = queue.SimpleQueue()
@@ -153,21 +169,38 @@ class _Work:
         import mlx.core as mx
 
         try:
-            if self.to_assemble:
-                with mx.stream(mx.new_stream(mx.default_device())):
-                    assembler = _Assembler(self.plan, self.to_assemble, trust_remote_code=self.trust_remote_code)
-                    for step in self.to_assemble:
-                        self.room.acquire()
-                        if self.stop.is_set():
-                            break
-                        held = assembler.take(step)
-                        for block in blocks_of(step):
-                            self.assembled.put(replace(block, held=held))
-                        del held
+            with mx.stream(mx.new_stream(mx.default_device())):
+                for step, held in self._held_steps():
+                    for block in blocks_of(step):
+                        self.assembled.put(replace(block, held=held))
+                    del held
             self.all_assembled.set()
             self.events.put(None)
         except BaseException as exc:
             self.events.put(_explained(exc))
+
+    def _held_steps(self) -> Iterator[tuple[Step, Held]]:
+        """Assembled steps, then those that calibration guides, each when the one before has been written."""
+        if self.to_assemble:
+            assembler = _Assembler(self.plan, self.to_assemble, trust_remote_code=self.trust_remote_code)
+            for step in self.to_assemble:
+                if not self._room():
+                    return
+                yield step, assembler.take(step)
+        if self.guided:
+            steps = {step.path: step for step in self.guided}
+            formats = {path: step.format for path, step in steps.items() if step.format}
+            for path, weight, guide in guided_weights(
+                self.plan, formats, {s.path: s.method for s in self.guided}, trust_remote_code=self.trust_remote_code
+            ):
+                if not self._room():
+                    return
+                yield steps[path], Held({"weight": as_matrix(weight)}, {"weight": "F32"}, None, guide)
+
+    def _room(self) -> bool:
+        """Wait until the tensor in memory is written; False where the run was stopped."""
+        self.room.acquire()
+        return not self.stop.is_set()
 
     def encode_all(self) -> None:
         """Take a block, encode it, write it, say so, until there are no more."""
@@ -204,7 +237,7 @@ class _Work:
 
         step = block.step
         if block.held is not None:
-            return self._encode(_held_rows(block.held, block), step, block.start)
+            return self._encode(_held_rows(block.held, block), step, block.start, _guide_of(block))
         assert step.source is not None
         if step.repacked:
             parts = self.plan.source.read_repacked(step.source, block.start, block.stop)
@@ -219,16 +252,16 @@ class _Work:
             return self._put(step.spec, np.ascontiguousarray(rows).data.cast("B"), block.start)
         return self._encode(to_mlx(rows, stored), step, block.start)
 
-    def _encode(self, rows: mx.array, step: Step, start: int) -> int:
+    def _encode(self, rows: mx.array, step: Step, start: int, guide: Guide | None = None) -> int:
         """Cast ``rows`` (n, columns), quantize them where the step says so, write them from row ``start``."""
         import mlx.core as mx
 
         rows = rows.astype(getattr(mx, FLOAT_DTYPES[step.spec.dtype])) if step.spec.dtype in FLOAT_DTYPES else rows
         if step.format is None:
             return self._put(step.spec, as_bytes(rows), start)
-        parts = mx.quantize(rows, group_size=step.format.group_size, bits=step.format.bits, mode=step.format.mode)
-        mx.eval(*parts)
-        return sum(self._put(spec, as_bytes(part), start) for spec, part in zip(step.outputs, parts, strict=True))
+        parts = encode(rows, step.format, step.method, guide).arrays()
+        mx.eval(parts)
+        return sum(self._put(spec, as_bytes(parts[spec.name.rpartition(".")[2]]), start) for spec in step.outputs)
 
     def _put(self, spec: TensorSpec, data: memoryview, start_row: int) -> int:
         file, offset = self.places[spec.name]
@@ -268,17 +301,24 @@ class _Assembler:
     def take(self, step: Step) -> Held:
         """Evaluate a parameter and hand it over."""
         import mlx.core as mx
-        import numpy as np
 
-        rows, dtypes = {}, {}
         arrays = self.arrays.pop(step.path)
         mx.eval(list(arrays.values()))
-        for name in list(arrays):
-            array = arrays.pop(name)
-            matrix = array if array.ndim == 0 else array.reshape(-1, array.shape[-1])
-            dtypes[name] = "BF16" if array.dtype == mx.bfloat16 else ""
-            rows[name] = np.asarray(matrix.view(mx.uint16) if array.dtype == mx.bfloat16 else matrix)
-        return Held(rows, dtypes, self.stored.get(step.path))
+        dtypes = {name: "BF16" if array.dtype == mx.bfloat16 else "" for name, array in arrays.items()}
+        rows = {name: as_matrix(arrays.pop(name)) for name in list(arrays)}
+        return Held(rows, dtypes, self.stored.get(step.path), None)
+
+
+def _guide_of(block: Block) -> Guide | None:
+    """A block's guide: that of its expert where the step is a stack of them."""
+    guide = block.held.guide if block.held else None
+    if guide is None or len(block.step.spec.shape) < 3:
+        return guide
+    expert = block.start // block.step.spec.shape[-2]
+    return Guide(
+        None if guide.importance is None else guide.importance[expert],
+        None if guide.ahead is None else Feedback(guide.ahead.order[expert], guide.ahead.factor[expert]),
+    )
 
 
 def _held_rows(held: Held, block: Block) -> mx.array:
@@ -294,26 +334,6 @@ def _held_rows(held: Held, block: Block) -> mx.array:
         return weight
     dtype = getattr(mx, FLOAT_DTYPES[block.step.spec.dtype])
     return mx.dequantize(parts.pop("weight"), **parts, **held.stored, dtype=dtype)
-
-
-def to_mlx(rows: Any, dtype: str) -> mx.array:
-    """A numpy block as an MLX array of the stored dtype (BF16 comes as its 16 bits)."""
-    import mlx.core as mx
-
-    array = mx.array(rows)
-    return array.view(mx.bfloat16) if dtype == "BF16" else array
-
-
-def as_bytes(array: mx.array) -> memoryview:
-    """The bytes of an array, row-major, without a copy where it is contiguous already."""
-    import mlx.core as mx
-    import numpy as np
-
-    flat = mx.contiguous(array).reshape(-1)
-    if flat.dtype == mx.bfloat16:
-        flat = flat.view(mx.uint16)
-    mx.eval(flat)
-    return np.asarray(flat).data.cast("B")
 
 
 def _explained(exc: BaseException) -> BaseException:

@@ -61,6 +61,7 @@ def _module(decision: Decision) -> dict[str, Any]:
         "also_matched": list(decision.also),
         "model_asks": decision.asked,
         "note": decision.note,
+        "method": decision.method,
         "nbytes": decision.nbytes,
     }
 

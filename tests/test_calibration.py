@@ -98,7 +98,7 @@ def test_statistics_are_those_of_the_whole_pass(model_type: str) -> None:
     with intercepted(inside, keep):
         model(tokens)
     gathered = dict(input_statistics(find_blocks(model), in_batches(tokens, 4)))
-    assert set(gathered) == set(inside)
+    assert set(gathered) - {"lm_head"} == set(inside)
     for path, module in inside.items():
         if experts_of(module) is None:
             rows = inputs[path][0].reshape(-1, inputs[path][0].shape[-1])

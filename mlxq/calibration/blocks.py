@@ -7,18 +7,20 @@ input through, which costs no more than the embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxq.errors import MlxqError
+from mlxq.metrics.forward import core_streams
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
 
+T = TypeVar("T")
 # handler(path, call, args, kwargs) stands in for a module's call; call(*args, **kwargs) is the module itself.
 Handler = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -49,6 +51,38 @@ def _subclass(base: type[nn.Module], path: str, handler: Handler) -> type[nn.Mod
         return handler(path, partial(base.__call__, self), args, kwargs)
 
     return type(base.__name__, (base,), {"__call__": call})
+
+
+def side_by_side(call: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> Iterator[T]:
+    """``call(*each)`` for each of ``arguments``, evaluated: as many at a time as there are cores, each on a stream.
+
+    MLX's CPU backend runs one operation of a stream at a time, and only its matrix products use several threads.
+    """
+    import mlx.core as mx
+
+    streams = core_streams()
+    for start in range(0, len(arguments), len(streams)):
+        results = []
+        for stream, each in zip(streams, arguments[start : start + len(streams)], strict=False):
+            with mx.stream(stream):
+                results.append(call(*each))
+        mx.eval([_arrays(result) for result in results])
+        yield from results
+
+
+def _arrays(result: Any) -> list[Any]:
+    """The arrays inside tuples, lists, dicts and dataclasses."""
+    import mlx.core as mx
+
+    if isinstance(result, mx.array):
+        return [result]
+    if isinstance(result, dict):
+        return [array for value in result.values() for array in _arrays(value)]
+    if isinstance(result, (tuple, list)):
+        return [array for value in result for array in _arrays(value)]
+    if hasattr(result, "__dataclass_fields__"):
+        return [array for name in result.__dataclass_fields__ for array in _arrays(getattr(result, name))]
+    return []
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,20 @@ beyond that order at few bits and have their divergence measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlxq.calibration.blocks import BlockSequence, Entered, intercepted, outside_of, quantizable
-from mlxq.calibration.statistics import Hold, InputStatistics, ModuleInput, always_held, experts_of, gather
+from mlxq.calibration.blocks import BlockSequence, Entered, intercepted, outside_of, quantizable, side_by_side
+from mlxq.calibration.statistics import (
+    Hold,
+    InputStatistics,
+    ModuleInput,
+    always_held,
+    experts_of,
+    gather,
+    head_calls,
+)
 from mlxq.methods.formats import Format
 
 if TYPE_CHECKING:
@@ -55,10 +64,21 @@ def scores(
     entries = [sequence.enter(batch) for batch in batches]
     inputs = [[entered.hidden for entered in entries]]
     mx.eval(inputs)
+    early = frozenset().union(*(entered.before for entered in entries))
+    probes = _probes(batches)
+    variants = list(_early_variants(sequence, probes, {p: f for p, f in options.items() if p in early}, encode))
     for index, path in enumerate(sequence.blocks):
         with hold(path):
-            inputs.append([_evaluated(sequence.run(index, h, e)) for h, e in zip(inputs[-1], entries, strict=True)])
-    yield from _outside_scores(sequence, batches, entries, inputs[-1], options, encode)
+            arguments = [(index, h, e) for h, e in zip(inputs[-1], entries, strict=True)]
+            inputs.append(list(side_by_side(sequence.run, arguments)))
+            for variant in variants:
+                arguments = [(index, h, e) for h, e in zip(variant.hidden, variant.entries, strict=True)]
+                variant.hidden[:] = side_by_side(sequence.run, arguments)
+    references = [inputs[-1][probe.batch][probe.row : probe.row + 1] for probe in probes]
+    for variant in variants:
+        changed = encode(variant.path, variant.module.weight, variant.fmt, None)
+        yield _measured(sequence, variant, probes, references, changed)
+    yield from _late_scores(sequence, batches, inputs[-1], probes, references, options, early, encode)
 
     key = mx.random.key(seed)
     gradients = [_head_gradient(sequence, batch, h, key) for batch, h in zip(batches, inputs.pop(), strict=True)]
@@ -66,8 +86,9 @@ def scores(
         path = tuple(sequence.blocks)[index]
         with hold(path):
             calls: dict[str, list[_Call]] = {}
-            for k, (hidden, entered) in enumerate(zip(inputs.pop(), entries, strict=True)):
-                gradients[k], part = _backward(sequence, index, hidden, entered, gradients[k])
+            back = [(sequence, index, *each) for each in zip(inputs.pop(), entries, gradients, strict=True)]
+            for k, (below, part) in enumerate(side_by_side(_backward, back)):
+                gradients[k] = below
                 for name, call in part.items():
                     calls.setdefault(f"{path}.{name}", []).append(call)
             for name, module in quantizable(sequence.blocks[path]).items():
@@ -146,7 +167,6 @@ def _backward(
         return (output * gradient).sum(), recorded
 
     (_, args_of), (below, at) = mx.value_and_grad(weighted_output, argnums=(0, 1))(hidden, shapes)
-    mx.eval(below, at, args_of)
     return below, {name: _Call(tuple(args_of[name]), kwargs_of[name], at[name]) for name in args_of}
 
 
@@ -155,7 +175,7 @@ def _module_scores(
 ) -> Iterator[Score]:
     import mlx.core as mx
 
-    statistics = gather([ModuleInput.of(call.args) for call in calls], experts_of(module))
+    statistics = gather([ModuleInput.of(call.args) for call in calls], experts_of(module), hessian=False)
     tokens = statistics.tokens if experts_of(module) is None else _tokens(calls)
     original = module.weight
     bias = module.bias if "bias" in module else None
@@ -166,11 +186,15 @@ def _module_scores(
             change = encode(path, original, fmt, statistics) - original.astype(mx.float32)
             # The module itself, with the change for weights, says what the change does to its output.
             module.weight = change.astype(original.dtype)
-            total = mx.zeros(())
-            for call in calls:
+            mx.eval(module.weight)
+
+            def effect_of(call: _Call) -> mx.array:
                 effect = (module(*call.args, **call.kwargs) * call.gradient).astype(mx.float32).sum(axis=-1)
-                total = _evaluated(total + (effect * effect).sum())
-            yield Score(path, fmt, 0.5 * float(total) / max(tokens, 1))
+                squared: mx.array = (effect * effect).sum()
+                return squared
+
+            total = sum(float(part) for part in side_by_side(effect_of, [(call,) for call in calls]))
+            yield Score(path, fmt, 0.5 * total / max(tokens, 1))
     finally:
         module.weight = original
         if bias is not None:
@@ -182,68 +206,103 @@ def _tokens(calls: Sequence[_Call]) -> int:
     return sum(call.args[0].size // call.args[0].shape[-1] for call in calls)
 
 
-def _outside_scores(
-    sequence: BlockSequence,
-    batches: Sequence[mx.array],
-    entries: Sequence[Entered],
-    last: Sequence[mx.array],
-    options: Mapping[str, Sequence[Format]],
-    encode: Encoder,
-) -> Iterator[Score]:
-    """Measured divergence of each module outside the blocks in each format."""
-    for path, module in outside_of(sequence.model, sequence.blocks).items():
-        original = module.weight
-        early = any(path in entered.before for entered in entries)
-        # A head's inputs are known; an embedding's columns all carry about the same.
-        statistics = None if early else _head_statistics(sequence, path, module, batches, last)
-        for fmt in options.get(path, ()):
-            changed = encode(path, original, fmt, statistics).astype(original.dtype)
-            total, tokens = 0.0, 0
-            for row, hidden in _rows(batches, last):
-                reference = _evaluated(sequence.leave(row, hidden))
-                module.weight = changed
-                try:
-                    ours = sequence.model(row) if early else sequence.leave(row, hidden)
-                    total += float(divergence(reference, getattr(ours, "logits", ours)).sum())
-                finally:
-                    module.weight = original
-                tokens += row.size
-                if tokens >= MEASURED_TOKENS:
-                    break
-            yield Score(path, fmt, total / max(tokens, 1))
+@dataclass(frozen=True)
+class _Probe:
+    """A sequence that divergence is measured on: ``tokens`` (1, length), and which row of which batch it is."""
+
+    tokens: mx.array
+    batch: int
+    row: int
 
 
-def _rows(batches: Sequence[mx.array], last: Sequence[mx.array]) -> Iterator[tuple[mx.array, mx.array]]:
-    """Sequences one at a time, (1, length), with their hidden states, (1, length, width)."""
-    for batch, hidden in zip(batches, last, strict=True):
-        for row in range(batch.shape[0]):
-            yield batch[row : row + 1], hidden[row : row + 1]
+def _probes(batches: Sequence[mx.array]) -> list[_Probe]:
+    """Sequences of up to ``MEASURED_TOKENS``, taken evenly from all the text."""
+    every = [_Probe(batch[row : row + 1], k, row) for k, batch in enumerate(batches) for row in range(len(batch))]
+    count = max(1, min(len(every), MEASURED_TOKENS // every[0].tokens.size))
+    return [every[i * len(every) // count] for i in range(count)]
 
 
-def _head_statistics(
-    sequence: BlockSequence,
-    path: str,
-    module: nn.Module,
-    batches: Sequence[mx.array],
-    last: Sequence[mx.array],
-) -> InputStatistics | None:
-    """Statistics of the inputs of a module called after the last block; None where the text never calls it."""
+@dataclass(frozen=True)
+class _Variant:
+    """A module ahead of the blocks in one format: the hidden states (1, length, width) it leads to, by probe.
+
+    They pass through the blocks beside the original's.
+    """
+
+    path: str
+    module: nn.Module
+    fmt: Format
+    entries: list[Entered]
+    hidden: list[mx.array]
+
+
+def _early_variants(
+    sequence: BlockSequence, probes: Sequence[_Probe], options: Mapping[str, Sequence[Format]], encode: Encoder
+) -> Iterator[_Variant]:
     import mlx.core as mx
 
-    calls: list[ModuleInput] = []
+    for path, module in outside_of(sequence.model, sequence.blocks).items():
+        for fmt in options.get(path, ()):
+            with _changed(module, encode(path, module.weight, fmt, None)):
+                entries = [sequence.enter(probe.tokens) for probe in probes]
+                mx.eval([entered.hidden for entered in entries])
+            yield _Variant(path, module, fmt, entries, [entered.hidden for entered in entries])
 
-    def keep(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        calls.append(ModuleInput.of(args))
-        return call(*args, **kwargs)
 
-    with intercepted({path: module}, keep):
-        for batch, hidden in zip(batches, last, strict=True):
-            sequence.leave(batch, hidden)
-    if not calls:
-        return None
-    statistics = gather(calls, experts_of(module))
-    mx.eval(statistics.hessian)
-    return statistics
+@contextmanager
+def _changed(module: nn.Module, weight: mx.array) -> Iterator[None]:
+    """Within the context ``module`` has ``weight``, in its own dtype."""
+    import mlx.core as mx
+
+    original = module.weight
+    module.weight = weight.astype(original.dtype)
+    mx.eval(module.weight)
+    try:
+        yield
+    finally:
+        module.weight = original
+
+
+def _measured(
+    sequence: BlockSequence,
+    variant: _Variant,
+    probes: Sequence[_Probe],
+    references: Sequence[mx.array],
+    changed: mx.array,
+) -> Score:
+    """The divergence of a variant's logits, with the module ``changed`` at the head too where it is tied."""
+
+    def divergence_of(probe: _Probe, reference: mx.array, hidden: mx.array) -> mx.array:
+        p = sequence.leave(probe.tokens, reference)
+        with _changed(variant.module, changed):
+            q = sequence.leave(probe.tokens, hidden)
+        return divergence(p, q).sum()
+
+    arguments = list(zip(probes, references, variant.hidden, strict=True))
+    total = sum(float(part) for part in side_by_side(divergence_of, arguments))
+    return Score(variant.path, variant.fmt, total / sum(probe.tokens.size for probe in probes))
+
+
+def _late_scores(
+    sequence: BlockSequence,
+    batches: Sequence[mx.array],
+    last: Sequence[mx.array],
+    probes: Sequence[_Probe],
+    references: Sequence[mx.array],
+    options: Mapping[str, Sequence[Format]],
+    early: frozenset[str],
+    encode: Encoder,
+) -> Iterator[Score]:
+    """Measured divergence of each module after the blocks in each format."""
+    for path, module in outside_of(sequence.model, sequence.blocks).items():
+        if path in early or path not in options:
+            continue
+        calls = head_calls(sequence, path, module, batches, last)
+        statistics = gather(calls, experts_of(module), hessian=False) if calls else None
+        for fmt in options[path]:
+            # It changes logits alone, so the original's hidden states are the variant's too.
+            variant = _Variant(path, module, fmt, [], list(references))
+            yield _measured(sequence, variant, probes, references, encode(path, module.weight, fmt, statistics))
 
 
 def divergence(reference: mx.array, candidate: mx.array) -> mx.array:

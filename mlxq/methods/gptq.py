@@ -9,9 +9,10 @@ costs once later columns have made good what they can.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlxq.methods.affine_fit import Grid, best_grid, fit, nearest_codes
+from mlxq.methods.affine_fit import Grid, best_grid, nearest_codes
 from mlxq.methods.encoded import Encoded, pack
 from mlxq.methods.formats import Format
 
@@ -26,47 +27,70 @@ PANEL_COLUMNS = 16
 FACTOR_ELEMENTS = 1 << 26
 
 
-def gptq(
-    weight: mx.array,
-    fmt: Format,
-    hessian: mx.array | None = None,
-    *,
-    dtype: mx.Dtype | None = None,
-    damping: float = DAMPING,
-) -> Encoded:
-    """Encode ``weight`` (..., rows, columns) in the affine format ``fmt`` with error feedback.
+@dataclass(frozen=True)
+class Feedback:
+    """What a Hessian says of one module and group size: where each column's error goes.
 
-    ``hessian`` (..., columns, columns) is the mean of x xᵀ over the inputs, one for each leading index (expert);
-    None means inputs that nothing is known of, for which feedback has nothing to work with and ``fit`` is best.
+    ``order`` (..., columns) is the order the columns are taken in, ``factor`` (..., columns, columns) float32 the
+    upper U with Uᵀ U the inverse of the Hessian in that order; leading axes are experts.
+    """
+
+    order: mx.array
+    factor: mx.array
+
+
+def feedback(hessian: mx.array, group_size: int, damping: float = DAMPING) -> Feedback:
+    """Prepare ``hessian`` (..., columns, columns), the mean of x xᵀ over the inputs, for one group size.
+
+    Evaluated a few experts at a time: their factors are the largest thing here.
     """
     import mlx.core as mx
 
-    if hessian is None:
-        return fit(weight, fmt, dtype=dtype)
+    *lead, columns, _ = hessian.shape
+    stack = hessian.reshape(-1, columns, columns)
+    orders, factors = [], []
+    for start in range(0, stack.shape[0], max(1, FACTOR_ELEMENTS // columns**2)):
+        part = stack[start : start + max(1, FACTOR_ELEMENTS // columns**2)]
+        order = _group_order(part, group_size)
+        part = mx.take_along_axis(mx.take_along_axis(part, order[:, :, None], axis=1), order[:, None], axis=2)
+        orders.append(order)
+        factors.append(inverse_factor(part, damping))
+        mx.eval(orders[-1], factors[-1])
+    order, factor = mx.concatenate(orders), mx.concatenate(factors)
+    return Feedback(order.reshape(*lead, columns), factor.reshape(*lead, columns, columns))
+
+
+def gptq(weight: mx.array, fmt: Format, ahead: Feedback, *, dtype: mx.Dtype | None = None) -> Encoded:
+    """Encode ``weight`` (..., rows, columns) in the affine format ``fmt`` with error feedback.
+
+    ``ahead`` is the module's, for the same group size, with one entry for each leading index (expert). Rows are
+    encoded independently of each other, so any share of them gives the same codes as the whole.
+    """
+    import mlx.core as mx
+
     dtype = dtype or weight.dtype
     *lead, rows, columns = weight.shape
     stack = weight.reshape(-1, rows, columns)
-    hessians = mx.broadcast_to(hessian, (*lead, columns, columns)).reshape(-1, columns, columns)
+    orders = mx.broadcast_to(ahead.order, (*lead, columns)).reshape(-1, columns)
+    factors = mx.broadcast_to(ahead.factor, (*lead, columns, columns)).reshape(-1, columns, columns)
     step = max(1, FACTOR_ELEMENTS // columns**2)
     blocks: list[Encoded] = []
     for start in range(0, stack.shape[0], step):
-        block = _encode(stack[start : start + step], fmt, hessians[start : start + step], dtype, damping)
+        part = slice(start, start + step)
+        block = _encode(stack[part], fmt, orders[part], factors[part], dtype)
         mx.eval(block.arrays())
         blocks.append(block)
     parts = [mx.concatenate([block.arrays()[name] for block in blocks]) for name in ("weight", "scales", "biases")]
     return Encoded(*(part.reshape(*lead, rows, -1) for part in parts))
 
 
-def _encode(weight: mx.array, fmt: Format, hessian: mx.array, dtype: mx.Dtype, damping: float) -> Encoded:
-    """Encode ``weight`` (experts, rows, columns) with ``hessian`` (experts, columns, columns)."""
+def _encode(weight: mx.array, fmt: Format, order: mx.array, factor: mx.array, dtype: mx.Dtype) -> Encoded:
+    """Encode ``weight`` (experts, rows, columns) by ``order`` (experts, columns) and ``factor``."""
     import mlx.core as mx
 
     columns = weight.shape[-1]
     group = fmt.group_size
-    order = _group_order(hessian, group)
     inverse_order = mx.argsort(order, axis=-1)
-    hessian = mx.take_along_axis(mx.take_along_axis(hessian, order[:, :, None], axis=1), order[:, None], axis=2)
-    factor = inverse_factor(hessian, damping)
     # Columns first: one column of every row is then contiguous.
     rest = mx.take_along_axis(weight.astype(mx.float32).swapaxes(1, 2), order[:, :, None], axis=1)
     codes: list[mx.array] = []
