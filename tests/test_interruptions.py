@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -19,12 +20,11 @@ from mlxq.pipeline import Finished, Options, Resumed, prepare, run
 from mlxq.plan import Plan
 from mlxq.recipe import load_recipe
 from mlxq.tensors import TensorSpec
-from tests.checkpoints import LLAMA, llama, save
+from tests.checkpoints import LLAMA, save
 from tests.terminal import CTRL_C, at_a_terminal
 from tests.test_execute import hashes
 
 OPTIONS = Options()
-PAGE = 4096
 
 
 def small_disk(folder: Path, nbytes: int) -> Iterator[Path]:
@@ -40,18 +40,32 @@ def small_disk(folder: Path, nbytes: int) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        # Lazily: a failed test may still have files open there.
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 2 MiB."""
-    yield from small_disk(tmp_path / "disk", 2 << 20)
+    """A disk of 48 MiB."""
+    yield from small_disk(tmp_path / "disk", 48 << 20)
 
 
-def model_of(folder: Path) -> Path:
-    """A checkpoint that takes about 1.3 MB at 8 bits."""
-    return llama(folder, hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+def empty_model(folder: Path, layers: int) -> Path:
+    """A large checkpoint of zeros that takes no room on the disk."""
+    import mlx_lm.utils
+
+    config: dict[str, Any] = {
+        **LLAMA, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": layers,
+    }  # fmt: skip
+    save(folder, config, {})
+    model_class, args_class = mlx_lm.utils._get_classes(config)
+    shapes = tree_flatten(model_class(args_class.from_dict(config)).parameters())
+    specs = [TensorSpec(name, "BF16", tuple(array.shape)) for name, array in shapes]
+    header = encode_header(specs, {"format": "pt"})
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header)
+        os.truncate(file.fileno(), len(header) + sum(spec.nbytes for spec in specs))
+    return folder
 
 
 def plan_of(model: Path) -> Plan:
@@ -61,8 +75,11 @@ def plan_of(model: Path) -> Plan:
 def fill(disk: Path, leave: int) -> Path:
     """Take all of ``disk`` but ``leave`` bytes."""
     filler = disk / "filler"
-    stat = os.statvfs(disk)
-    filler.write_bytes(b"x" * max(0, stat.f_bavail * stat.f_frsize - leave))
+    with filler.open("wb", buffering=0) as file:
+        with contextlib.suppress(OSError):  # no room is left
+            while True:
+                file.write(bytes(1 << 16))
+        file.truncate(file.tell() - leave)
     return filler
 
 
@@ -73,8 +90,8 @@ def finish(plan: Plan, out: Path) -> tuple[Resumed | None, Finished]:
 
 
 def test_a_disk_too_small_is_said_before_any_work(tmp_path: Path, disk: Path) -> None:
-    plan = plan_of(model_of(tmp_path / "model"))
-    filler = fill(disk, plan.file_bytes)
+    plan = plan_of(empty_model(tmp_path / "model", layers=2))
+    filler = fill(disk, plan.file_bytes // 2)
     with pytest.raises(MlxqError, match=r"needs [\d,]+ bytes") as caught:
         next(run(plan, disk / "out", OPTIONS))
     assert str(disk / "out.partial") in caught.value.message
@@ -85,13 +102,13 @@ def test_a_disk_too_small_is_said_before_any_work(tmp_path: Path, disk: Path) ->
 def test_a_disk_that_fills_while_tensors_are_written(
     tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = plan_of(model_of(tmp_path / "model"))
+    plan = plan_of(empty_model(tmp_path / "model", layers=2))
     finish(plan, tmp_path / "whole")
     # As on macOS, and on file systems that cannot reserve space.
     monkeypatch.delattr(os, "posix_fallocate")
     events = run(plan, disk / "out", OPTIONS)
     next(event for event in events if isinstance(event, Progress))
-    filler = fill(disk, 16 * PAGE)
+    filler = fill(disk, 0)
     with pytest.raises(MlxqError, match="the disk is full") as caught:
         list(events)
     assert str(disk / "out.partial") in caught.value.message
@@ -103,7 +120,7 @@ def test_a_disk_that_fills_while_tensors_are_written(
 
 
 def test_a_disk_that_fills_before_the_small_files(tmp_path: Path, disk: Path) -> None:
-    plan = plan_of(model_of(tmp_path / "model"))
+    plan = plan_of(empty_model(tmp_path / "model", layers=2))
     finish(plan, tmp_path / "whole")
     events = run(plan, disk / "out", OPTIONS)
     next(event for event in events if isinstance(event, Progress) and event.written_bytes == event.total_bytes)
@@ -119,24 +136,8 @@ def test_a_disk_that_fills_before_the_small_files(tmp_path: Path, disk: Path) ->
     assert hashes(disk / "out") == hashes(tmp_path / "whole")
 
 
-def empty_model(folder: Path, **sizes: int) -> Path:
-    """A large checkpoint of zeros that takes no room on the disk."""
-    import mlx_lm.utils
-
-    config: dict[str, Any] = {**LLAMA, **sizes}
-    save(folder, config, {})
-    model_class, args_class = mlx_lm.utils._get_classes(config)
-    shapes = tree_flatten(model_class(args_class.from_dict(config)).parameters())
-    specs = [TensorSpec(name, "BF16", tuple(array.shape)) for name, array in shapes]
-    header = encode_header(specs, {"format": "pt"})
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(header)
-        os.truncate(file.fileno(), len(header) + sum(spec.nbytes for spec in specs))
-    return folder
-
-
 def test_ctrl_c_at_a_terminal_stops_in_one_line_and_the_same_command_continues(tmp_path: Path) -> None:
-    empty_model(tmp_path / "model", hidden_size=1024, intermediate_size=4096, num_hidden_layers=12)
+    empty_model(tmp_path / "model", layers=12)
     command = [sys.executable, "-m", "mlxq", "quantize", "8bit", "--model", "model", "-o", "out", "--no-generate"]
     journal = tmp_path / "out.partial" / "journal.jsonl"
     stopped = at_a_terminal(
