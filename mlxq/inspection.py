@@ -22,7 +22,7 @@ from mlxq.fit import (
     text_config,
 )
 from mlxq.match import layer_index
-from mlxq.methods.formats import MODES, Format
+from mlxq.methods.formats import MODES, TERNARY_PER_BYTE, TERNARY_SCALE, Format
 from mlxq.tensors import DTYPE_BITS, FLOAT_DTYPES, TensorSpec
 
 if TYPE_CHECKING:
@@ -284,6 +284,8 @@ def _logical(
     if part.endswith("_blocks") and len(spec.shape) >= 2:
         # MXFP4: two numbers a byte, blocks on the last two axes.
         return (*spec.shape[:-2], spec.shape[-2] * spec.shape[-1] * 2), 4, None
+    if part == "weight" and spec.dtype == "U8" and TERNARY_SCALE in specs:
+        return (spec.shape[0] * TERNARY_PER_BYTE, *spec.shape[1:]), bits // TERNARY_PER_BYTE, None
     if part == "weight" and spec.dtype == "U8" and hf.get("quant_method") == "bitsandbytes":
         return (spec.size * 2,), 4, None
     return spec.shape, bits, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from mlxq.architecture import Architecture, Module, Parameter, encode_header
 from mlxq.errors import BadInputError, RecipeError
 from mlxq.match import Match, assign, matches, names_module
 from mlxq.methods.encode import method_for
-from mlxq.methods.formats import Format, fallback, layout
+from mlxq.methods.formats import TERNARY_PER_BYTE, Format, fallback, layout
 from mlxq.recipe import Recipe, Rule
 from mlxq.sources.base import ModelSource
 from mlxq.tensors import DTYPE_BY_NAME, FLOAT_DTYPES, TensorSpec
@@ -27,7 +28,8 @@ BY_BUDGET = "budget"
 # Who decided, for a module that the source holds quantized in a format MLX reads.
 KEPT_AS_STORED = "as stored in the source"
 
-_QUANTIZED_PARTS = ("weight", "scales", "biases")
+# What stands for one weight; nvfp4 may have a scale for the whole tensor beside those of its groups.
+_QUANTIZED_PARTS = ("weight", "scales", "biases", "global_scale")
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class Decision:
 
     ``format`` None means it stays in ``dtype``. ``by`` says who decided: the default, a rule (with file and line),
     the model, or the source. ``also`` are the rules that matched too; ``asked`` what the model said of it;
-    ``note`` what had to be changed (a group size that does not divide the width, a tied head); ``method`` how its
-    numbers are chosen (``rtn``, ``fit``, ``gptq``).
+    ``note`` what had to be changed (a group size that does not divide the width, a tied head); ``misfit`` whether
+    it was the width; ``method`` how its numbers are chosen (``rtn``, ``fit``, ``gptq``).
     """
 
     path: str
@@ -49,6 +51,7 @@ class Decision:
     also: tuple[str, ...]
     asked: str | None
     note: str | None
+    misfit: bool
     method: str
     nbytes: int
 
@@ -164,6 +167,12 @@ def make_plan(
             "and mlxq convert --dequantize writes it as plain numbers.",
         )
     open_up = requantize or dequantize
+    foreign = architecture.config.get("quantization_config")
+    if foreign is not None and (quantizes or open_up):
+        raise BadInputError(
+            f"{source.name} is quantized as {foreign['quant_method']!r}, which only stays as it is",
+            "mlxq convert carries it over; to quantize, start from the model it was made of.",
+        )
     # Repacked blocks keep their F16 scales; a second float type beside them would make every sum a float32.
     dtype = recipe.dtype or ("float16" if keep_quantization else architecture.declared_dtype)
     dtypes = {p.spec.name: _written_dtype(p, dtype) for p in architecture.parameters}
@@ -184,7 +193,7 @@ def make_plan(
                 f"{source.name} has no blocks that an MLX format holds exactly",
                 "Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 of GGUF files do; leave --keep-quantization out, or quantize.",
             )
-    if recipe.strict and (unfit := [d for d in decisions.values() if d.note and "width" in d.note]):
+    if recipe.strict and (unfit := [d for d in decisions.values() if d.misfit]):
         raise RecipeError(
             tuple(f"{d.path}: {d.note}" for d in unfit),
             "strict: true forbids this; give these modules a rule of their own.",
@@ -255,9 +264,11 @@ def _decide(
             wanted, by = None, "the model asks for it"
         elif isinstance(module.asked, Format) and wanted.bits <= module.asked.bits:
             wanted, by = module.asked, "the model asks for it"
+    misfit = False
     if wanted is not None and wanted != module.stored:
         columns = module.shape[-1]
         fitting = fallback(columns, wanted)
+        misfit = fitting != wanted
         if fitting is None:
             kept = FLOAT_DTYPES[weight_dtype]
             note = f"its width {columns} is no multiple of any group size of {wanted.mode}; kept in {kept}"
@@ -274,6 +285,7 @@ def _decide(
         also=tuple(recipe.rules[i].where for i in match.also),
         asked=asked,
         note=note,
+        misfit=misfit,
         method=method_for(
             "rtn" if wanted == module.stored else recipe.method,
             wanted,
@@ -375,12 +387,17 @@ def _config(architecture: Architecture, recipe: Recipe, decisions: tuple[Decisio
         return config
     default = recipe.default if recipe.default in formats else formats.most_common(1)[0][0]
     assert default is not None
+    kept = {d.path: d.format for d in decisions if d.by == KEPT_AS_STORED and d.format}
     quantization: dict[str, Any] = dict(default.as_config())
     for decision in decisions:
         if decision.format is None:
             quantization[decision.path] = False
         elif decision.format != default:
             quantization[decision.path] = decision.format.as_config()
+    for parameter in architecture.parameters:
+        module, _, part = parameter.spec.name.rpartition(".")
+        if part == "global_scale" and module in kept:
+            quantization[module] = {**kept[module].as_config(), "global_scale": True}
     config["quantization"] = quantization
     config["quantization_config"] = quantization
     return dict(sorted(config.items()))
@@ -389,15 +406,14 @@ def _config(architecture: Architecture, recipe: Recipe, decisions: tuple[Decisio
 def _parameter_count(architecture: Architecture) -> int:
     """Logical parameters: a quantized weight counts its numbers, not its words, and its scales not at all."""
     stored = {m.path: m for m in architecture.modules if m.stored}
+    ternary = {m.path for m in architecture.modules if m.kind == "BitLinear"}
     count = 0
     for parameter in architecture.parameters:
         module, _, part = parameter.spec.name.rpartition(".")
         if module in stored and part in _QUANTIZED_PARTS:
-            if part == "weight":
-                size = 1
-                for n in stored[module].shape:
-                    size *= n
-                count += size
+            count += math.prod(stored[module].shape) if part == "weight" else 0
+        elif module in ternary:
+            count += parameter.spec.size * TERNARY_PER_BYTE if part == "weight" else 0
         else:
             count += parameter.spec.size
     return count

@@ -102,7 +102,7 @@ def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of a finished folder but ``mlxq.json`` itself and the work files."""
     from concurrent.futures import ThreadPoolExecutor
 
-    skipped = {FILE_NAME, "journal.jsonl", "lock"}
+    skipped = {FILE_NAME, FILE_NAME + ".new", "journal.jsonl", "lock"}
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.name not in skipped)
     with ThreadPoolExecutor(2) as pool:
         digests = pool.map(sha256_file, files)
