@@ -21,7 +21,7 @@ FLOORS = (
     ("plan",),
     ("writer", "metrics", "execute", "report", "card"),
     ("pipeline", "calibration"),
-    ("compare", "candidates", "comparison_report", "charts"),
+    ("compare", "candidates", "comparison_report", "charts", "publish"),
     ("console", "tables"),
     ("cli", "__main__"),
 )
