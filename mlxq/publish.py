@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import json
 import os
 import tempfile
 import time
@@ -139,7 +140,7 @@ class Published:
 def check_target(target: Target) -> None:
     """Refuse what cannot be, before anything is read. Raises BadInputError."""
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(target.repo)
@@ -251,7 +252,7 @@ def publish(checked: Checked, target: Target, *, force: bool = False) -> Iterato
 def _look(checked: Checked, target: Target, *, force: bool) -> Outlook:
     api = _api()
     remote = _remote(api, target)
-    drawn = _draw(checked, target, _remote_card(api, target, remote), force=force)
+    drawn = _draw(checked, target, _card_to_keep(api, checked, target, remote, force=force))
     ours = {
         **{name: (facts["bytes"], facts["sha256"]) for name, facts in checked.files.items()},
         **{name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in drawn.items()},
@@ -309,14 +310,14 @@ def _files_of(api: HfApi, repo: str, revision: str) -> dict[str, RemoteFile]:
     }
 
 
-def _remote_card(api: HfApi, target: Target, remote: Remote) -> str | None:
-    if card.FILE_NAME not in remote.files:
+def _remote_text(api: HfApi, target: Target, remote: Remote, name: str) -> str | None:
+    if name not in remote.files:
         return None
     with _no_progress_bars():
-        return card.as_text(Path(api.hf_hub_download(target.repo, card.FILE_NAME, revision=remote.commit)).read_bytes())
+        return card.as_text(Path(api.hf_hub_download(target.repo, name, revision=remote.commit)).read_bytes())
 
 
-def _draw(checked: Checked, target: Target, there: str | None, *, force: bool) -> dict[str, bytes]:
+def _draw(checked: Checked, target: Target, existing: str | None) -> dict[str, bytes]:
     """The files that are written for publishing: the plot where something was measured, the card, ``mlxq.json``."""
     from mlxq import charts
 
@@ -325,7 +326,6 @@ def _draw(checked: Checked, target: Target, there: str | None, *, force: bool) -
     if measured and "kl_histogram" in measured:
         drawn[PLOT] = charts.as_png(charts.one_model(measured))
     ours = card.make_card(checked.report, target.repo, checked.folder, PLOT if PLOT in drawn else None)
-    existing = _card_to_keep(checked, there, force=force)
     drawn[card.FILE_NAME] = card.render(ours, existing, old_name=checked.folder.name).encode()
     files = {name: facts for name, facts in checked.report["files"].items() if name != PLOT}
     files |= {name: card.file_facts(content) for name, content in drawn.items()}
@@ -333,19 +333,23 @@ def _draw(checked: Checked, target: Target, there: str | None, *, force: bool) -
     return drawn
 
 
-def _card_to_keep(checked: Checked, there: str | None, *, force: bool) -> str | None:
+def _card_to_keep(api: HfApi, checked: Checked, target: Target, remote: Remote, *, force: bool) -> str | None:
     """The card that holds a person's words: the one here, or the one on the Hub.
 
-    Raises BadInputError where both were edited, each in its own way.
+    A card that has the hash which the ``mlxq.json`` beside it records was not edited since. Raises BadInputError
+    where both were, each in its own way.
     """
     file = checked.folder / card.FILE_NAME
     here = card.as_text(file.read_bytes()) if file.is_file() else None
+    there = _remote_text(api, target, remote, card.FILE_NAME)
     if there is None or here is None:
         return there if here is None else here
-    written = checked.report["files"].get(card.FILE_NAME, {}).get("sha256")
-    if card.own_words(here) == card.own_words(there) or _sha256(there) == written:
+    if card.own_words(here) == card.own_words(there):
         return here
-    if _sha256(here) == written:
+    report = json.loads(_remote_text(api, target, remote, FILE_NAME) or "{}")
+    if _as_recorded(there, report):
+        return here
+    if _as_recorded(here, checked.report):
         return there
     if force:
         return here
@@ -355,8 +359,9 @@ def _card_to_keep(checked: Checked, there: str | None, *, force: bool) -> str | 
     )
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _as_recorded(text: str, report: Mapping[str, Any]) -> bool:
+    recorded = report.get("files", {}).get(card.FILE_NAME, {}).get("sha256")
+    return bool(recorded == hashlib.sha256(text.encode()).hexdigest())
 
 
 def _refuse(remote: Remote, target: Target, *, force: bool) -> None:
@@ -471,7 +476,7 @@ def _logged_in() -> bool:
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """For files too small for a bar."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled():
         yield
@@ -525,7 +530,8 @@ def _offline(exc: Exception) -> bool:
 
 def _response(exc: BaseException) -> Any:
     """The Hub's answer behind an exception, or None where there was none."""
-    return next((e.response for e in _chain(exc) if getattr(e, "response", None) is not None), None)
+    answers = (getattr(each, "response", None) for each in _chain(exc))
+    return next((answer for answer in answers if answer is not None), None)
 
 
 def _wait(exc: Exception, tries: int, target: Target) -> Waiting | None:
@@ -582,5 +588,5 @@ def _explained(exc: Exception, target: Target) -> MlxqError:
 
 def _said(exc: Exception) -> str:
     """The Hub's own words."""
-    said = next((e.server_message for e in _chain(exc) if getattr(e, "server_message", None)), None)
-    return " ".join(str(said or exc).split())[:300]
+    words = (getattr(each, "server_message", None) for each in _chain(exc))
+    return " ".join(str(next((said for said in words if said), exc)).split())[:300]

@@ -84,7 +84,7 @@ def _show_preview(folder: Path, target: Target, *, force: bool, as_json: bool, q
 def _check(folder: Path, target: Target, *, force: bool, quiet: bool) -> Checked:
     import sys
 
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from mlxq.console import note, warn
     from mlxq.publish import check_folder, check_target
