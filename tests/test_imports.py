@@ -32,7 +32,7 @@ FLOORS = (
     ("plan",),
     ("writer", "metrics", "calibration", "allocate", "execute", "report", "card"),
     ("pipeline",),
-    ("compare", "candidates", "comparison_report", "charts"),
+    ("compare", "candidates", "comparison_report", "charts", "publish"),
     ("console", "tables"),
     ("cli", "__main__"),
 )
