@@ -21,6 +21,7 @@ from mlxq import __version__, card
 from mlxq.architecture import open_lazily
 from mlxq.errors import BadInputError, MlxqError
 from mlxq.report import FILE_NAME, hash_files, read_report, report_bytes
+from mlxq.target import Target, target_faults
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -33,22 +34,6 @@ _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 _TRIES = 5
 _LONGEST_WAIT_S = 900.0
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where a model goes. ``revision`` is a branch, made where need be; None is ``main``."""
-
-    repo: str
-    private: bool = False
-    revision: str | None = None
-    create_pr: bool = False
-    collection: str | None = None
-    message: str | None = None
-
-    @property
-    def branch(self) -> str:
-        return self.revision or "main"
 
 
 @dataclass(frozen=True)
@@ -139,22 +124,17 @@ class Published:
 
 def check_target(target: Target) -> None:
     """Refuse what cannot be, before anything is read. Raises BadInputError."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    if faults := [message for _, message in target_faults(target)]:
+        raise BadInputError("\n".join(faults))
 
-    try:
-        validate_repo_id(target.repo)
-        named = target.repo.count("/") == 1
-    except HFValidationError:
-        named = False
-    if not named:
+
+def check_login() -> None:
+    """Raise BadInputError where ``huggingface_hub`` has no token to publish with."""
+    from mlxq.runtime import logged_in
+
+    if not logged_in():
         raise BadInputError(
-            f"{target.repo!r} names no repository", "Write it as org/name: letters, digits, '-', '_' and '.'."
-        )
-    if target.create_pr and target.revision not in (None, "main"):
-        raise BadInputError(
-            f"a pull request is always against main, so it takes no revision {target.revision!r}",
-            "Give --revision or --create-pr, not both.",
+            "there is no Hub login here, and publishing needs one", "Run hf auth login, or set HF_TOKEN."
         )
 
 
@@ -216,10 +196,7 @@ def publish(checked: Checked, target: Target, *, force: bool = False) -> Iterato
     here, and the card, its plot and ``mlxq.json`` are left in the folder as they were published. Raises
     BadInputError where the Hub refuses, MlxqError where it cannot be reached or holds something else in the end.
     """
-    if not _logged_in():
-        raise BadInputError(
-            "there is no Hub login here, and publishing needs one", "Run hf auth login, or set HF_TOKEN."
-        )
+    check_login()
     api = _api()
     outlook = yield from preview(checked, target, force=force)
     created = not outlook.remote.exists
@@ -465,12 +442,6 @@ def _api() -> HfApi:
     from huggingface_hub import HfApi
 
     return HfApi(library_name="mlxq", library_version=__version__)
-
-
-def _logged_in() -> bool:
-    from mlxq.runtime import logged_in
-
-    return logged_in()
 
 
 @contextmanager

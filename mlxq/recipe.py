@@ -19,6 +19,7 @@ from mlxq.gates import gate_fault
 from mlxq.match import pattern_fault, slice_fault
 from mlxq.methods.formats import MODES, Format, fault_of
 from mlxq.recipe_yaml import Document, KeyPath, heading, parse_value, read_document
+from mlxq.target import Target, target_faults
 from mlxq.tensors import DTYPE_BY_NAME
 
 
@@ -57,6 +58,8 @@ class Recipe:
     """A width that no group size divides is an error, not a reason to fall back."""
     gates: tuple[str, ...]
     """What the result must measure, such as ``kl_mean<0.05``."""
+    upload: Target | None = field(compare=False)
+    """Where to publish the result. No part of how it is made: whoever makes it again does not publish it there."""
     text: str = field(compare=False)
     """The YAML as it was written."""
     description: str = field(compare=False)
@@ -209,6 +212,19 @@ class _RuleModel(_Model):
     optional: bool = Field(default=False, description="Matching nothing is no fault.")
 
 
+class _UploadModel(_Model):
+    """Where the result is published, once its gates have passed."""
+
+    model_config = ConfigDict(title="Upload")
+
+    repo: str = Field(description="org/name on the Hub; created where there is none.")
+    private: bool = Field(default=False, description="Create it so that only its owners see it.")
+    revision: str = Field(default="", min_length=1, description="Branch to put it on; made where there is none.")
+    create_pr: bool = Field(default=False, description="Open a pull request instead.")
+    collection: str = Field(default="", min_length=1, description="Add it to this collection.")
+    message: str = Field(default="", min_length=1, description="Message of the commit.")
+
+
 class _RecipeModel(_Model):
     """How mlxq stores each part of a model."""
 
@@ -237,6 +253,9 @@ class _RecipeModel(_Model):
     gates: list[str] = Field(
         default=[],
         description="What the result must measure against the original, such as kl_mean<0.05; else exit code 3.",
+    )
+    upload: _UploadModel = Field(
+        default=_UploadModel(repo=""), description="Publish the result, once its gates have passed."
     )
 
 
@@ -466,6 +485,7 @@ def _build(draft: _Draft, name: str, faults: list[_Fault]) -> Recipe:
     for index, text in enumerate(gates):
         if fault := gate_fault(text):
             faults.append(_Fault(draft.origin(("gates", index)), fault))
+    upload = _upload(draft, faults)
     if faults:
         raise RecipeError(_render(faults))
     return Recipe(
@@ -478,9 +498,25 @@ def _build(draft: _Draft, name: str, faults: list[_Fault]) -> Recipe:
         rules=tuple(rule for rule in rules if rule is not None),
         strict=data.get("strict", False),
         gates=tuple(gates),
+        upload=upload,
         text="",
         description="",
     )
+
+
+def _upload(draft: _Draft, faults: list[_Fault]) -> Target | None:
+    """Where to publish, or None. Values of the wrong type are the schema's to report."""
+    raw = draft.data.get("upload")
+    if not isinstance(raw, dict):
+        return None
+    known = {key: value for key, value in raw.items() if key in _UploadModel.model_fields}
+    try:
+        target = Target(**_UploadModel.model_validate(known).model_dump(exclude_unset=True))
+    except ValidationError:
+        return None
+    found = list(target_faults(target))
+    faults += [_Fault(draft.origin(("upload", key)), message) for key, message in found]
+    return None if found else target
 
 
 def _rule(draft: _Draft, index: int, raw: dict[str, Any], default: Format | None, faults: list[_Fault]) -> Rule | None:
@@ -585,7 +621,7 @@ def _schema_message(kind: str, loc: KeyPath, error: Mapping[str, Any]) -> str:
 
 
 def _known_keys(loc: KeyPath) -> list[str]:
-    models: dict[KeyPath, type[BaseModel]] = {(): _RecipeModel, ("default",): _FormatModel}
+    models: dict[KeyPath, type[BaseModel]] = {(): _RecipeModel, ("default",): _FormatModel, ("upload",): _UploadModel}
     return list(models.get(loc[:-1], _RuleModel).model_fields)
 
 

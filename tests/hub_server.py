@@ -96,6 +96,7 @@ class Request:
     status: int = 0
     received: int = 0
     sent: int = 0
+    dropped: bool = False
 
 
 class DroppedError(Exception):
@@ -348,7 +349,7 @@ class _Handler(BaseHTTPRequestHandler):
                 fault.times -= 1
                 return fault
         if self.hub.random.random() < self.hub.drop_rate:
-            return Fault(self.command, self.path, drop_after=self.hub.random.randrange(1, 100_000))
+            return Fault(self.command, self.path, drop_after=int(10 ** self.hub.random.uniform(0, 5)))
         return None
 
     def read_body(self) -> bytes:
@@ -384,6 +385,7 @@ class _Handler(BaseHTTPRequestHandler):
     def cut(self) -> None:
         """Close with a reset, as a connection that broke."""
         self.close_connection = True
+        self.entry_log.dropped = True
         with suppress(OSError):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.shutdown(socket.SHUT_RD)
@@ -657,6 +659,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_json({}, headers={"ETag": f'"{etag}"'})
 
     def complete_multipart(self, body: bytes, sha256: str) -> None:
+        if self.hub.blob(sha256).exists():
+            # Asked again because the first answer was lost.
+            self.send_json({})
+            return
         parts = self.hub.parts.get(sha256, {})
         listed = [(p["partNumber"], p["etag"].strip('"')) for p in json.loads(body)["parts"]]
         here = [(n, hashlib.md5(parts[n]).hexdigest()) for n in sorted(parts)]

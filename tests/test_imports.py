@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # Each floor may import from floors below it and from its own.
 FLOORS = (
     ("mlxq", "errors", "tensors"),
-    ("metrics.names", "gates", "recipe_yaml", "match", "methods", "recipe", "fold", "devices", "runtime"),
+    ("metrics.names", "gates", "target", "recipe_yaml", "match", "methods", "recipe", "fold", "devices", "runtime"),
     ("sources", "inspection", "fit"),
     ("architecture",),
     ("plan",),
