@@ -40,12 +40,14 @@ _T = TypeVar("_T")
 class Checked:
     """A finished model: what its ``mlxq.json`` says, and the size and SHA-256 of each file to publish.
 
-    ``problems`` are those that ``force`` let pass; ``left_out`` are files that mlxq did not write.
+    ``plot`` draws what was measured (PNG), where something was. ``problems`` are those that ``force`` let pass;
+    ``left_out`` are files that mlxq did not write.
     """
 
     folder: Path
     report: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
+    plot: bytes | None
     problems: tuple[str, ...]
     left_out: tuple[str, ...]
 
@@ -175,7 +177,8 @@ def check_folder(folder: Path, *, force: bool = False) -> Checked:
         )
     files = {name: facts for name, facts in found.items() if name in recorded or name in weights}
     left_out = tuple(name for name in foreign if name not in weights)
-    return Checked(folder, report, {k: v for k, v in files.items() if k not in _DRAWN}, tuple(problems), left_out)
+    kept = {name: facts for name, facts in files.items() if name not in _DRAWN}
+    return Checked(folder, report, kept, _plot(report), tuple(problems), left_out)
 
 
 def preview(checked: Checked, target: Target, *, force: bool = False) -> Generator[Waiting, None, Outlook]:
@@ -294,14 +297,16 @@ def _remote_text(api: HfApi, target: Target, remote: Remote, name: str) -> str |
         return card.as_text(Path(api.hf_hub_download(target.repo, name, revision=remote.commit)).read_bytes())
 
 
-def _draw(checked: Checked, target: Target, existing: str | None) -> dict[str, bytes]:
-    """The files that are written for publishing: the plot where something was measured, the card, ``mlxq.json``."""
+def _plot(report: Mapping[str, Any]) -> bytes | None:
     from mlxq import charts
 
-    drawn: dict[str, bytes] = {}
-    measured = checked.report.get("comparison")
-    if measured and "kl_histogram" in measured:
-        drawn[PLOT] = charts.as_png(charts.one_model(measured))
+    measured = report.get("comparison")
+    return charts.as_png(charts.one_model(measured)) if measured and "kl_histogram" in measured else None
+
+
+def _draw(checked: Checked, target: Target, existing: str | None) -> dict[str, bytes]:
+    """The files that are written for publishing: the plot where something was measured, the card, ``mlxq.json``."""
+    drawn = {} if checked.plot is None else {PLOT: checked.plot}
     ours = card.make_card(checked.report, target.repo, checked.folder, PLOT if PLOT in drawn else None)
     drawn[card.FILE_NAME] = card.render(ours, existing, old_name=checked.folder.name).encode()
     files = {name: facts for name, facts in checked.report["files"].items() if name != PLOT}

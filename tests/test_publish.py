@@ -16,7 +16,7 @@ import pytest
 
 from mlxq import card
 from mlxq.errors import BadInputError, MlxqError, RecipeError
-from mlxq.publish import PLOT, Published, Target, Waiting, check_folder, publish
+from mlxq.publish import PLOT, Checked, Published, Target, Waiting, check_folder, publish
 from mlxq.recipe import load_recipe, recipe_from_dict
 from tests.checkpoints import llama
 from tests.hub_server import READ_TOKEN, TOKEN, USER, Hub
@@ -450,15 +450,16 @@ def test_the_hub_changing_meanwhile_is_noticed(hub: Hub, model: Path) -> None:
         send(model)
 
 
-def dropped_run(folder: Path, repo: str) -> None:
+def dropped_run(checked: Checked, repo: str) -> None:
     """Publish until it is done; a run that does not get there ends with a clear error."""
     said: list[str] = []
     while len(said) < 30:
         try:
-            send(folder, repo)
+            *_, last = publish(checked, Target(repo))
         except MlxqError as error:
             said.append(error.message)
         else:
+            assert isinstance(last, Published)
             assert all("connection to the Hub broke" in message for message in said)
             return
     raise AssertionError(f"{repo} was never published")
@@ -474,12 +475,14 @@ def give_own_weights(folder: Path, number: int) -> None:
 
 
 def run_with_drops(hub: Hub, made: Path, tmp_path: Path, runs: int) -> None:
-    hub.part_bytes, hub.drop_rate, hub.random = 60_000, 0.08, random.Random(7)
+    hub.part_bytes, hub.random = 60_000, random.Random(7)
     folders = [Path(shutil.copytree(made, tmp_path / f"copy-{number}")) for number in range(runs)]
     for number, folder in enumerate(folders):
         give_own_weights(folder, number)
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda pair: dropped_run(pair[1], f"org/m{pair[0]}"), enumerate(folders)))
+    checked = [check_folder(folder) for folder in folders]
+    hub.drop_rate = 0.08
+    with ThreadPoolExecutor(20) as pool:
+        list(pool.map(lambda pair: dropped_run(pair[1], f"org/m{pair[0]}"), enumerate(checked)))
     for number, folder in enumerate(folders):
         assert remote(hub, f"org/m{number}") == local(folder)
     assert len([request for request in hub.log if request.dropped]) > runs / 2
