@@ -122,7 +122,8 @@ class Hub:
         self.main = _listen(self, storage=False)
         self.storage = _listen(self, storage=True)
         self.url = f"http://127.0.0.1:{self.main.server_port}"
-        self.storage_url = f"http://127.0.0.1:{self.storage.server_port}"
+        # Another name as well as another port: clients before 2.0 tell hosts apart by name alone.
+        self.storage_url = f"http://localhost:{self.storage.server_port}"
         self.reset()
 
     def reset(self) -> None:
@@ -160,7 +161,7 @@ class Hub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HOME": str(self.folder / "home"),
             "HF_TOKEN": TOKEN,
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
         }
 
     # -- what tests do to it
