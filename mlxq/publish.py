@@ -21,6 +21,7 @@ from mlxq import __version__, card
 from mlxq.architecture import open_lazily
 from mlxq.errors import BadInputError, MlxqError
 from mlxq.report import FILE_NAME, hash_files, read_report, report_bytes
+from mlxq.target import Target, target_faults
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -36,31 +37,17 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Target:
-    """Where a model goes. ``revision`` is a branch, made where need be; None is ``main``."""
-
-    repo: str
-    private: bool = False
-    revision: str | None = None
-    create_pr: bool = False
-    collection: str | None = None
-    message: str | None = None
-
-    @property
-    def branch(self) -> str:
-        return self.revision or "main"
-
-
-@dataclass(frozen=True)
 class Checked:
     """A finished model: what its ``mlxq.json`` says, and the size and SHA-256 of each file to publish.
 
-    ``problems`` are those that ``force`` let pass; ``left_out`` are files that mlxq did not write.
+    ``plot`` draws what was measured (PNG), where something was. ``problems`` are those that ``force`` let pass;
+    ``left_out`` are files that mlxq did not write.
     """
 
     folder: Path
     report: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]
+    plot: bytes | None
     problems: tuple[str, ...]
     left_out: tuple[str, ...]
 
@@ -139,22 +126,17 @@ class Published:
 
 def check_target(target: Target) -> None:
     """Refuse what cannot be, before anything is read. Raises BadInputError."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+    if faults := [message for _, message in target_faults(target)]:
+        raise BadInputError("\n".join(faults))
 
-    try:
-        validate_repo_id(target.repo)
-        named = target.repo.count("/") == 1
-    except HFValidationError:
-        named = False
-    if not named:
+
+def check_login() -> None:
+    """Raise BadInputError where ``huggingface_hub`` has no token to publish with."""
+    from mlxq.runtime import logged_in
+
+    if not logged_in():
         raise BadInputError(
-            f"{target.repo!r} names no repository", "Write it as org/name: letters, digits, '-', '_' and '.'."
-        )
-    if target.create_pr and target.revision not in (None, "main"):
-        raise BadInputError(
-            f"a pull request is always against main, so it takes no revision {target.revision!r}",
-            "Give --revision or --create-pr, not both.",
+            "there is no Hub login here, and publishing needs one", "Run hf auth login, or set HF_TOKEN."
         )
 
 
@@ -195,7 +177,8 @@ def check_folder(folder: Path, *, force: bool = False) -> Checked:
         )
     files = {name: facts for name, facts in found.items() if name in recorded or name in weights}
     left_out = tuple(name for name in foreign if name not in weights)
-    return Checked(folder, report, {k: v for k, v in files.items() if k not in _DRAWN}, tuple(problems), left_out)
+    kept = {name: facts for name, facts in files.items() if name not in _DRAWN}
+    return Checked(folder, report, kept, _plot(report), tuple(problems), left_out)
 
 
 def preview(checked: Checked, target: Target, *, force: bool = False) -> Generator[Waiting, None, Outlook]:
@@ -216,10 +199,7 @@ def publish(checked: Checked, target: Target, *, force: bool = False) -> Iterato
     here, and the card, its plot and ``mlxq.json`` are left in the folder as they were published. Raises
     BadInputError where the Hub refuses, MlxqError where it cannot be reached or holds something else in the end.
     """
-    if not _logged_in():
-        raise BadInputError(
-            "there is no Hub login here, and publishing needs one", "Run hf auth login, or set HF_TOKEN."
-        )
+    check_login()
     api = _api()
     outlook = yield from preview(checked, target, force=force)
     created = not outlook.remote.exists
@@ -317,14 +297,16 @@ def _remote_text(api: HfApi, target: Target, remote: Remote, name: str) -> str |
         return card.as_text(Path(api.hf_hub_download(target.repo, name, revision=remote.commit)).read_bytes())
 
 
-def _draw(checked: Checked, target: Target, existing: str | None) -> dict[str, bytes]:
-    """The files that are written for publishing: the plot where something was measured, the card, ``mlxq.json``."""
+def _plot(report: Mapping[str, Any]) -> bytes | None:
     from mlxq import charts
 
-    drawn: dict[str, bytes] = {}
-    measured = checked.report.get("comparison")
-    if measured and "kl_histogram" in measured:
-        drawn[PLOT] = charts.as_png(charts.one_model(measured))
+    measured = report.get("comparison")
+    return charts.as_png(charts.one_model(measured)) if measured and "kl_histogram" in measured else None
+
+
+def _draw(checked: Checked, target: Target, existing: str | None) -> dict[str, bytes]:
+    """The files that are written for publishing: the plot where something was measured, the card, ``mlxq.json``."""
+    drawn = {} if checked.plot is None else {PLOT: checked.plot}
     ours = card.make_card(checked.report, target.repo, checked.folder, PLOT if PLOT in drawn else None)
     drawn[card.FILE_NAME] = card.render(ours, existing, old_name=checked.folder.name).encode()
     files = {name: facts for name, facts in checked.report["files"].items() if name != PLOT}
@@ -465,12 +447,6 @@ def _api() -> HfApi:
     from huggingface_hub import HfApi
 
     return HfApi(library_name="mlxq", library_version=__version__)
-
-
-def _logged_in() -> bool:
-    from mlxq.runtime import logged_in
-
-    return logged_in()
 
 
 @contextmanager

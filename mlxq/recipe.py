@@ -18,8 +18,17 @@ from mlxq.errors import RecipeError
 from mlxq.gates import gate_fault
 from mlxq.match import pattern_fault, slice_fault
 from mlxq.methods.formats import METHODS, MODES, Format, fault_of
-from mlxq.recipe_schema import BudgetModel, CalibrationModel, FitsModel, FormatModel, RecipeModel, RuleModel
+from mlxq.recipe_schema import (
+    BudgetModel,
+    CalibrationModel,
+    FitsModel,
+    FormatModel,
+    RecipeModel,
+    RuleModel,
+    UploadModel,
+)
 from mlxq.recipe_yaml import Document, KeyPath, heading, parse_value, read_document
+from mlxq.target import Target, target_faults
 from mlxq.tensors import DTYPE_BY_NAME, parse_size
 
 
@@ -112,6 +121,8 @@ class Recipe:
     """A width that no group size divides is an error, not a reason to fall back."""
     gates: tuple[str, ...]
     """What the result must measure, such as ``kl_mean<0.05``."""
+    upload: Target | None = field(compare=False)
+    """Where to publish the result. No part of how it is made: whoever makes it again does not publish it there."""
     text: str = field(compare=False)
     """The YAML as it was written."""
     description: str = field(compare=False)
@@ -438,6 +449,7 @@ def _build(draft: _Draft, name: str, faults: list[_Fault]) -> Recipe:
     for index, text in enumerate(gates):
         if fault := gate_fault(text):
             faults.append(_Fault(draft.origin(("gates", index)), fault))
+    upload = _upload(draft, faults)
     if faults:
         raise RecipeError(_render(faults))
     return Recipe(
@@ -454,6 +466,7 @@ def _build(draft: _Draft, name: str, faults: list[_Fault]) -> Recipe:
         calibration=calibration,
         strict=data.get("strict", False),
         gates=tuple(gates),
+        upload=upload,
         text="",
         description="",
     )
@@ -516,6 +529,21 @@ def _calibration(draft: _Draft, method: str, faults: list[_Fault]) -> Calibratio
         faults.append(_Fault(draft.origin(("calibration", "text")), message))
     tokens = raw.get("tokens", CalibrationModel.model_fields["tokens"].default)
     return Calibration(texts, tokens if _is_whole(tokens) else 0)
+
+
+def _upload(draft: _Draft, faults: list[_Fault]) -> Target | None:
+    """Where to publish, or None. Values of the wrong type are the schema's to report."""
+    raw = draft.data.get("upload")
+    if not isinstance(raw, dict):
+        return None
+    known = {key: value for key, value in raw.items() if key in UploadModel.model_fields}
+    try:
+        target = Target(**UploadModel.model_validate(known).model_dump(exclude_unset=True))
+    except ValidationError:
+        return None
+    found = list(target_faults(target))
+    faults += [_Fault(draft.origin(("upload", key)), message) for key, message in found]
+    return None if found else target
 
 
 def _rule(draft: _Draft, index: int, raw: dict[str, Any], default: Format | None, faults: list[_Fault]) -> Rule | None:
@@ -627,6 +655,7 @@ def _known_keys(loc: KeyPath) -> list[str]:
         ("budget",): BudgetModel,
         ("budget", "fits"): FitsModel,
         ("calibration",): CalibrationModel,
+        ("upload",): UploadModel,
     }
     inside = FormatModel if loc[:1] == ("options",) else RuleModel
     return list(models.get(loc[:-1], inside).model_fields)

@@ -133,6 +133,19 @@ class CalibrationModel(_Model):
     tokens: int = Field(default=16384, ge=1024, description="Most tokens taken from the text.")
 
 
+class UploadModel(_Model):
+    """Where the result is published, once its gates have passed."""
+
+    model_config = ConfigDict(title="Upload")
+
+    repo: str = Field(description="org/name on the Hub; created where there is none.")
+    private: bool = Field(default=False, description="Create it so that only its owners see it.")
+    revision: str = Field(default="", min_length=1, description="Branch to put it on; made where there is none.")
+    create_pr: bool = Field(default=False, description="Open a pull request instead.")
+    collection: str = Field(default="", min_length=1, description="Add it to this collection.")
+    message: str = Field(default="", min_length=1, description="Message of the commit.")
+
+
 class RecipeModel(_Model):
     """How mlxq stores each part of a model."""
 
@@ -182,4 +195,7 @@ class RecipeModel(_Model):
     gates: list[str] = Field(
         default=[],
         description="What the result must measure against the original, such as kl_mean<0.05; else exit code 3.",
+    )
+    upload: UploadModel = Field(
+        default=UploadModel(repo=""), description="Publish the result, once its gates have passed."
     )

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
     from mlxq.metrics.generation import Generation
     from mlxq.pipeline import Finished
     from mlxq.plan import Plan
-    from mlxq.publish import Outlook, Target
+    from mlxq.publish import Outlook
     from mlxq.recipe import Recipe
     from mlxq.runtime import Environment
+    from mlxq.target import Target
     from mlxq.tensors import TensorSpec
 
 

@@ -96,6 +96,7 @@ class Request:
     status: int = 0
     received: int = 0
     sent: int = 0
+    dropped: bool = False
 
 
 class DroppedError(Exception):
@@ -121,7 +122,8 @@ class Hub:
         self.main = _listen(self, storage=False)
         self.storage = _listen(self, storage=True)
         self.url = f"http://127.0.0.1:{self.main.server_port}"
-        self.storage_url = f"http://127.0.0.1:{self.storage.server_port}"
+        # Another name as well as another port: clients before 2.0 tell hosts apart by name alone.
+        self.storage_url = f"http://localhost:{self.storage.server_port}"
         self.reset()
 
     def reset(self) -> None:
@@ -159,7 +161,7 @@ class Hub:
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HOME": str(self.folder / "home"),
             "HF_TOKEN": TOKEN,
-            "NO_PROXY": "127.0.0.1",
+            "NO_PROXY": "127.0.0.1,localhost",
         }
 
     # -- what tests do to it
@@ -348,7 +350,7 @@ class _Handler(BaseHTTPRequestHandler):
                 fault.times -= 1
                 return fault
         if self.hub.random.random() < self.hub.drop_rate:
-            return Fault(self.command, self.path, drop_after=self.hub.random.randrange(1, 100_000))
+            return Fault(self.command, self.path, drop_after=int(10 ** self.hub.random.uniform(0, 5)))
         return None
 
     def read_body(self) -> bytes:
@@ -384,6 +386,7 @@ class _Handler(BaseHTTPRequestHandler):
     def cut(self) -> None:
         """Close with a reset, as a connection that broke."""
         self.close_connection = True
+        self.entry_log.dropped = True
         with suppress(OSError):
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.shutdown(socket.SHUT_RD)
@@ -657,6 +660,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_json({}, headers={"ETag": f'"{etag}"'})
 
     def complete_multipart(self, body: bytes, sha256: str) -> None:
+        if self.hub.blob(sha256).exists():
+            # Asked again because the first answer was lost.
+            self.send_json({})
+            return
         parts = self.hub.parts.get(sha256, {})
         listed = [(p["partNumber"], p["etag"].strip('"')) for p in json.loads(body)["parts"]]
         here = [(n, hashlib.md5(parts[n]).hexdigest()) for n in sorted(parts)]

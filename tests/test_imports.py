@@ -18,6 +18,7 @@ FLOORS = (
     (
         "metrics.names",
         "gates",
+        "target",
         "recipe_yaml",
         "recipe_schema",
         "match",

@@ -332,6 +332,7 @@ def test_the_json_schema_describes_every_key() -> None:
         "calibration",
         "strict",
         "gates",
+        "upload",
     }
     assert models[1]["required"] == ["match"]
     for text in [FULL, *(recipe.text for recipe in shipped_recipes())]:

@@ -66,6 +66,9 @@ def command(
     ] = False,
     force: Force = False,
     generate: Generate = True,
+    upload: Annotated[
+        bool, typer.Option("--upload/--no-upload", help="Publish the result where the recipe says so.")
+    ] = True,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -129,6 +132,11 @@ def command(
     if dry_run or why is not None:
         show_plan(plan, out=out, why=why, as_json=as_json, quiet=quiet)
         return
+    target = plan.recipe.upload if upload else None
+    if target is not None:
+        from mlxq.publish import check_login
+
+        check_login()
     finished = write_model(plan, out, options, force=force, generate=generate, as_json=as_json, quiet=quiet)
     if plan.recipe.gates:
         from mlxq.cli.compare import check_recipe_gates
@@ -139,6 +147,10 @@ def command(
             f"{out} differs from what {locked} records in {', '.join(differing)}",
             f"It was made with {recorded['versions']}; here are {finished.report['versions']}.",
         )
+    if target is not None:
+        from mlxq.cli.upload import publish_made
+
+        publish_made(out, target, quiet=quiet)
 
 
 def _check_together(

@@ -11,7 +11,8 @@ import typer
 from mlxq.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
-    from mlxq.publish import Checked, FileChange, Outlook, Published, Step, Target, Waiting
+    from mlxq.publish import Checked, FileChange, Outlook, Published, Step, Waiting
+    from mlxq.target import Target
 
 
 def command(
@@ -41,28 +42,43 @@ def command(
 
     Example: mlxq upload ./my-model-4bit org/my-model-4bit --dry-run
     """
-    from mlxq.publish import Target
+    from mlxq.console import show_json, show_text
+    from mlxq.target import Target
 
     target = Target(repo, private, revision, create_pr, collection, message)
     if dry_run:
         _show_preview(folder, target, force=force, as_json=as_json, quiet=quiet)
+        return
+    done = publish_folder(folder, target, force=force, quiet=quiet)
+    if as_json:
+        show_json(_published_facts(done, target))
     else:
-        publish_folder(folder, target, force=force, as_json=as_json, quiet=quiet)
+        show_text(done.url)
 
 
-def publish_folder(folder: Path, target: Target, *, force: bool, as_json: bool, quiet: bool) -> None:
-    """Check ``folder``, publish it with progress, and say where it is."""
-    from mlxq.console import note, show_json, show_text
+def publish_folder(folder: Path, target: Target, *, force: bool, quiet: bool) -> Published:
+    """Check ``folder`` and publish it with progress."""
+    from mlxq.console import note
     from mlxq.publish import publish
 
     checked = _check(folder, target, force=force, quiet=quiet)
     done = _finish(publish(checked, target, force=force), quiet=quiet)
-    if as_json:
-        show_json(_published_facts(done, target))
-        return
     if not done.sent:
         note(f"nothing changed: {target.repo} holds all of it", quiet=quiet)
-    show_text(done.url)
+    return done
+
+
+def publish_made(folder: Path, target: Target, *, quiet: bool) -> None:
+    """Publish a model that was just made; where that fails, say how to go on without making it again."""
+    from mlxq.console import note
+    from mlxq.errors import MlxqError
+
+    try:
+        done = publish_folder(folder, target, force=False, quiet=quiet)
+    except MlxqError as exc:
+        hint = f"The model is in {folder}. To publish it: mlxq upload {folder} {target.repo}"
+        raise type(exc)(exc.message, f"{exc.hint} {hint}" if exc.hint else hint) from exc
+    note(f"published: {done.url}", quiet=quiet)
 
 
 def _show_preview(folder: Path, target: Target, *, force: bool, as_json: bool, quiet: bool) -> None:
