@@ -255,14 +255,19 @@ def test_vision_towers_are_left_behind_with_their_config(name: str, tmp_path: Pa
     assert ours == theirs
 
 
-def test_mlx_vlm_loads_what_we_write(tmp_path: Path) -> None:
+VLM = ["llama", "llama_tied", "qwen3_moe", "mixtral", "deepseek_v2_mla", "mamba2", "qwen2_vl_vision", "cohere2"]
+
+
+@pytest.mark.parametrize("name", VLM)
+def test_mlx_vlm_computes_the_same_with_what_we_write(name: str, tmp_path: Path) -> None:
     vlm = pytest.importorskip("mlx_vlm.utils")
-    config = {
-        "model_type": "gemma3",
-        "torch_dtype": "bfloat16",
-        "text_config": {**CONFIGS["gemma3_sliding"], "intermediate_size": 128},
-        "vocab_size": VOCABULARY,
-    }
-    model = save(tmp_path / "model", config, build(config)[1])
-    quantize(model, tmp_path / "ours", load_recipe("4bit"))
-    assert vlm.load_config(tmp_path / "ours")["quantization"]["bits"] == 4
+    rules = [
+        {"match": ["down_proj", "o_proj", "out_proj"], "bits": 6, "optional": True},
+        {"match": "v_proj", "keep": True, "optional": True},
+    ]
+    model = checkpoint(tmp_path / "model", name)
+    quantize(model, tmp_path / "ours", recipe_from_dict({"default": {"bits": 4}, "rules": rules}, "test"))
+    ids = mx.array([[3, 4, 5]])
+    found = vlm.load_model(tmp_path / "ours")(ids)
+    expected = mlx_lm.load(str(tmp_path / "ours"))[0](ids)
+    assert mx.array_equal(getattr(found, "logits", found), expected).item()
