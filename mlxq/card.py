@@ -1,78 +1,334 @@
-"""The model card: front matter the Hub reads, and a section that says what was done."""
+"""The model card: front matter the Hub reads, and a section that says what was done. Drawn from ``mlxq.json``.
+
+A card is shared ground. mlxq owns the part between its two marks and a few keys of the front matter; everything
+else is a person's, and stays as it is to the letter.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxq.plan import Plan
+from mlxq.errors import BadInputError
+from mlxq.fold import fold
+from mlxq.metrics.names import value_text
+from mlxq.sources.base import ModelSource
 
-BEGIN, END = "<!-- mlxq begin -->", "<!-- mlxq end -->"
+FILE_NAME = "README.md"
+BEGIN, END = "<!-- mlxq:begin -->", "<!-- mlxq:end -->"
+# Keys taken over from the card of the source, once: from then on they are the person's.
+_CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
+# Tags that name what the source was stored for, which the result is not.
+_DROPPED_TAGS = {"gguf", "pytorch", "tf", "jax", "onnx", "transformers", "endpoints_compatible"}
+_MEASURED = (
+    ("kl_mean", "KL divergence from the original, mean per token, nats"),
+    ("kl_p99", "KL divergence that 99% of tokens stay under, nats"),
+    ("top1_agreement", "Most likely token is the original's"),
+    ("ppl", "Perplexity"),
+    ("ppl_ratio", "Perplexity, change from the original"),
+    ("generation_tps", "Generation, tokens/s"),
+    ("prompt_tps", "Prompt, tokens/s"),
+    ("peak_memory_bytes", "Peak memory"),
+)
 
 
-def card_text(plan: Plan, name: str) -> str:
-    """The README.md of a model just quantized, as Markdown with YAML front matter."""
+@dataclass(frozen=True)
+class Card:
+    """What mlxq has to say: ``owned`` and ``carried`` front matter, tags the card must have, and its section."""
+
+    name: str
+    owned: Mapping[str, Any]
+    carried: Mapping[str, Any]
+    tags: tuple[str, ...]
+    section: str
+
+
+def source_metadata(source: ModelSource) -> dict[str, Any]:
+    """What a new card takes over from the source's own: licence, languages, pipeline tag and tags."""
+    file = None if source.weights_folder is None else source.weights_folder / FILE_NAME
+    if file is None or not file.is_file():
+        return {}
+    try:
+        original = _metadata(_split(as_text(file.read_bytes()))[0])
+    except BadInputError:
+        # Somebody else's card with a fault in it is no reason to stop: there is just nothing to take over.
+        return {}
+    kept = {key: original[key] for key in _CARRIED if original.get(key)}
+    if "tags" in kept:
+        kept["tags"] = [tag for tag in _tags(original) if tag not in _DROPPED_TAGS]
+    # Dates and the like become text, as JSON has it.
+    return dict(json.loads(json.dumps(kept, default=str)))
+
+
+def make_card(report: Mapping[str, Any], name: str, folder: Path, plot: str | None = None) -> Card:
+    """The card of the model in ``folder`` from what its ``mlxq.json`` records.
+
+    ``name`` is how to load it, a folder's name or a Hub id; ``plot`` a file beside the card that draws what was
+    measured.
+    """
+    carried = dict(report.get("card") or {})
+    base_model = report["source"]["base_model"]
+    owned = {"library_name": "mlx"}
+    if base_model:
+        owned |= {"base_model": base_model, "base_model_relation": "quantized"}
+    tags = ["mlx", *(["conversational"] if has_chat_template(folder) else [])]
+    carried.setdefault("pipeline_tag", "text-generation")
+    carried["tags"] = list(dict.fromkeys([*tags, *carried.get("tags", ())]))
+    parts = (_summary(report), _use(name, folder), _done(report), _measured(report, plot), _reproduce(report, name))
+    note = "<!-- Rewritten by mlxq at each upload. What is written outside these marks stays. -->"
+    section = "\n\n".join([f"{BEGIN}\n{note}", *(part for part in parts if part), END])
+    return Card(name.rpartition("/")[2], owned, carried, tuple(tags), section)
+
+
+def render(card: Card, existing: str | None = None, *, old_name: str | None = None) -> str:
+    """The text of the card: new, or ``existing`` with mlxq's section and keys brought up to date.
+
+    A card without mlxq's marks gets the section at its end and takes over what the source's card said. A title
+    that is just ``old_name`` follows the model's name. Raises BadInputError where the marks or the front matter of
+    ``existing`` cannot be read.
+    """
+    if existing is None:
+        header = _dump({**card.owned, **card.carried})
+        return f"---\n{header}---\n\n# {card.name}\n\n{card.section}\n"
+    header, body = _split(existing)
+    before, marked, after = _around_section(body)
+    wanted = dict(card.owned) if marked else {**card.carried, **card.owned}
+    current = _metadata(header)
+    tags = list(dict.fromkeys([*_tags(current), *(card.tags if marked else card.carried["tags"])]))
+    wanted = {key: value for key, value in wanted.items() if key in card.owned or key not in current}
+    for key, value in {**wanted, "tags": tags}.items():
+        if current.get(key) != value:
+            header = _with_key(header, key, value)
+    if old_name is not None:
+        before = before.replace(f"\n# {old_name}\n", f"\n# {card.name}\n", 1)
+    if not marked:
+        before, after = before.rstrip("\n") + "\n\n", "\n"
+    return f"---\n{header}---\n{before}{card.section}{after}"
+
+
+def write_card(report: dict[str, Any], folder: Path, name: str) -> None:
+    """Write the card of a model just made, and record its size and hash in ``report``."""
+    content = render(make_card(report, name, folder)).encode()
+    (folder / FILE_NAME).write_bytes(content)
+    report["files"][FILE_NAME] = file_facts(content)
+
+
+def file_facts(content: bytes) -> dict[str, Any]:
+    """Size and SHA-256, as ``mlxq.json`` records them for each file."""
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def as_text(content: bytes) -> str:
+    """A card as text with plain line ends, whatever editor it went through."""
+    return content.decode("utf-8", errors="replace").removeprefix("\ufeff").replace("\r\n", "\n")
+
+
+def own_words(card: str) -> str:
+    """What a person may have written: all of a card but mlxq's section."""
+    before, _, after = _around_section(card)
+    return f"{before.rstrip()}\n{after.strip()}".strip()
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether the tokenizer in ``folder`` brings one."""
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    settings = folder / "tokenizer_config.json"
+    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+
+
+# Reading and changing a card.
+
+
+def _split(card: str) -> tuple[str, str]:
+    """Front matter without its fences, and the rest; empty front matter where there is none."""
+    found = re.match(r"---[ \t]*\n(.*?\n|)---[ \t]*(?:\n|\Z)", card, re.DOTALL)
+    return (found[1], card[found.end() :]) if found else ("", "\n" + card)
+
+
+def _metadata(header: str) -> dict[str, Any]:
     import yaml
 
-    formats = Counter(str(d.format) if d.format else d.dtype for d in plan.decisions)
-    made = ", ".join(f"{count} x {fmt}" for fmt, count in formats.most_common())
-    origin = plan.source.base_model
+    try:
+        loaded = yaml.safe_load(header) if header.strip() else {}
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        # The opening fence is the first line.
+        where = f"{FILE_NAME}:{mark.line + 2}" if mark else FILE_NAME
+        raise BadInputError(
+            f"{where}: the front matter is no YAML: {getattr(exc, 'problem', None) or exc}",
+            "Mend it between the two --- lines, or remove the file to have a new one written.",
+        ) from exc
+    if not isinstance(loaded, dict):
+        raise BadInputError(f"{FILE_NAME}: the front matter is no mapping of keys to values", "Write it as key: value.")
+    return loaded
+
+
+def _tags(metadata: Mapping[str, Any]) -> list[str]:
+    tags = metadata.get("tags") or []
+    return [str(tag) for tag in (tags if isinstance(tags, list) else [tags])]
+
+
+def _dump(data: Mapping[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True))
+
+
+def _with_key(header: str, key: str, value: Any) -> str:
+    """Front matter with one key replaced, or added at its end; every other line stays as it was written."""
+    lines = header.splitlines(keepends=True)
+    starts = [i for i, line in enumerate(lines) if re.match(rf"""["']?{re.escape(key)}["']?\s*:""", line)]
+    if not starts:
+        return header + _dump({key: value})
+    stop = starts[0] + 1
+    # A value goes on while lines are indented, or are items of a list.
+    while stop < len(lines) and re.match(r"[ \t]|-|$", lines[stop].rstrip("\n")):
+        stop += 1
+    return "".join([*lines[: starts[0]], _dump({key: value}), *lines[stop:]])
+
+
+def _around_section(text: str) -> tuple[str, bool, str]:
+    """What stands before mlxq's section, whether there is one, and what stands after."""
+    counts = text.count(BEGIN), text.count(END)
+    if counts == (0, 0):
+        return text, False, ""
+    begin, end = text.find(BEGIN), text.find(END)
+    if counts != (1, 1) or end < begin:
+        raise BadInputError(
+            f"{FILE_NAME}: the marks of mlxq's section do not pair up",
+            f"Keep one {BEGIN} and, after it, one {END}; or remove both to have the section added at the end.",
+        )
+    return text[:begin], True, text[end + len(END) :]
+
+
+# The section.
+
+
+def _summary(report: Mapping[str, Any]) -> str:
+    metrics = report["metrics"]
+    size, before = metrics["size_bytes"], metrics["source_bytes"]
+    return (
+        f"{_origin(report)} for [MLX](https://github.com/ml-explore/mlx): "
+        f"**{metrics['bits_per_weight']:.2f} bits per weight, {value_text('size_bytes', size)}** "
+        f"(from {value_text('size_bytes', before)}). Made with mlxq."
+    )
+
+
+def _origin(report: Mapping[str, Any]) -> str:
+    source = report["source"]
+    if source["base_model"]:
+        return f"[{source['base_model']}](https://huggingface.co/{source['base_model']})"
+    # A path on the machine it was made on means nothing to a reader.
+    return f"`{Path(source['name']).name}`"
+
+
+def _use(name: str, folder: Path) -> str:
+    prompt = ["prompt = tokenizer.encode(question)"]
+    if has_chat_template(folder):
+        prompt = [
+            'messages = [{"role": "user", "content": question}]',
+            "prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)",
+        ]
     lines = [
-        "---",
-        yaml.safe_dump(front_matter(plan), sort_keys=False, allow_unicode=True).rstrip(),
-        "---",
-        "",
-        f"# {name}",
-        "",
-        BEGIN,
-        (f"[{origin}](https://huggingface.co/{origin})" if origin else f"`{Path(plan.source.name).name}`")
-        + f" for [MLX](https://github.com/ml-explore/mlx), {plan.bits_per_weight:.2f} bits per weight,"
-        f" {plan.file_bytes / 1e9:.2f} GB. Modules: {made}.",
+        "## How to use it",
         "",
         "```bash",
         "pip install mlx-lm",
-        f'mlx_lm.generate --model {name} --prompt "Hello"',
+        f'mlx_lm.generate --model {name} --prompt "Why is the sky blue?"',
         "```",
         "",
-        "<details><summary>Recipe</summary>",
+        "```python",
+        "from mlx_lm import generate, load",
         "",
-        "```yaml",
-        plan.recipe.text.rstrip(),
+        f'model, tokenizer = load("{name}")',
+        'question = "Why is the sky blue?"',
+        *prompt,
+        "print(generate(model, tokenizer, prompt=prompt))",
         "```",
-        "",
-        "</details>",
-        END,
-        "",
     ]
+    if "/" in name:
+        lines += ["", f"In LM Studio, search for `{name}`, or run `lms get https://huggingface.co/{name}`."]
     return "\n".join(lines)
 
 
-def front_matter(plan: Plan) -> dict[str, Any]:
-    """Front matter: the source card's licence, languages and tags, and what marks an MLX quantization."""
-    import yaml
+def _done(report: Mapping[str, Any]) -> str:
+    folded = fold([(module["path"], _stored_as(module)) for module in report["modules"]])
+    facts = {module["path"]: (module["nbytes"], math.prod(module["shape"])) for module in report["modules"]}
+    rows = []
+    for row in folded:
+        nbytes = sum(facts[path][0] for path in row.members)
+        weights = sum(facts[path][1] for path in row.members)
+        rows.append(
+            f"| `{row.path}` | {row.attributes} | {nbytes * 8 / max(weights, 1):.2f} |"
+            f" {value_text('size_bytes', nbytes)} |"
+        )
+    versions = ", ".join(f"{tool} {version}" for tool, version in report["versions"].items())
+    text = report["recipe"]["text"].rstrip()
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`{3,}", text))])
+    lines = ["## What was done", "", "| modules | stored as | bits per weight | size |", "|---|---|---:|---:|", *rows]
+    if report["notes"]:
+        lines += ["", *(f"- {note}" for note in report["notes"])]
+    lines += ["", f"Versions: {versions}.", "", f"<details><summary>Recipe: {report['recipe']['name']}</summary>", ""]
+    return "\n".join([*lines, f"{fence}yaml", text, fence, "", "</details>"])
 
-    folder = plan.source.weights_folder
-    original: dict[str, Any] = {}
-    if folder is not None and (folder / "README.md").is_file():
-        parts = (folder / "README.md").read_text(encoding="utf-8", errors="replace").split("---\n", 2)
-        if len(parts) == 3 and not parts[0].strip():
-            try:
-                loaded = yaml.safe_load(parts[1])
-            except yaml.YAMLError:
-                loaded = None
-            original = loaded if isinstance(loaded, dict) else {}
-    kept: dict[str, Any] = {
-        k: original[k] for k in ("license", "license_name", "license_link", "language") if k in original
-    }
-    tags = [t for t in original.get("tags") or [] if isinstance(t, str) and t not in {"mlx", "gguf"}]
-    matter: dict[str, Any] = {
-        "library_name": "mlx",
-        "pipeline_tag": original.get("pipeline_tag", "text-generation"),
-        **kept,
-        "tags": ["mlx", *tags],
-    }
-    if plan.source.base_model:
-        matter["base_model"] = plan.source.base_model
-        matter["base_model_relation"] = "quantized"
-    return matter
+
+def _stored_as(module: Mapping[str, Any]) -> str:
+    fmt = module["format"]
+    if fmt is None:
+        return str(module["dtype"])
+    mode = "" if fmt["mode"] == "affine" else f"{fmt['mode']}, "
+    return f"{mode}{fmt['bits']} bits, groups of {fmt['group_size']}"
+
+
+def _measured(report: Mapping[str, Any], plot: str | None) -> str | None:
+    found = report.get("comparison")
+    if not found:
+        return None
+    rows = [(label, _value(found, name)) for name, label in _MEASURED]
+    text = found["text"]
+    verdict = str(found["verdict"]).removeprefix(f"{found['name']} is ")
+    notes = [
+        f"Compared with {_origin(report)} by `mlxq compare` on {text['name']}, {text['tokens']} tokens, "
+        f"SHA-256 `{text['sha256'][:16]}`.",
+        *found["notes"],
+    ]
+    if floor := found.get("noise_floor_kl_mean"):
+        notes.append(f"Differences of KL below {value_text('kl_mean', floor)} are noise.")
+    if timing := found.get("timing"):
+        notes.append(f"Timed on: {timing['device']}.")
+    lines = ["## What it cost", "", f"It is {verdict}.", "", "| | |", "|---|---:|"]
+    lines += [f"| {label} | {value} |" for label, value in rows if value is not None]
+    if plot is not None:
+        lines += ["", f"![Bits per weight of each layer, and how far single tokens are from the original]({plot})"]
+    return "\n".join([*lines, "", " ".join(notes)])
+
+
+def _value(found: Mapping[str, Any], name: str) -> str | None:
+    """A measured value with its standard error, as text; None where it was not measured."""
+    metrics = found["metrics"]
+    if name in found["nan"]:
+        return "NaN"
+    if metrics.get(name) is None:
+        return None
+    error = metrics.get({"kl_mean": "kl_mean_se", "ppl_ratio": "ppl_ratio_se"}.get(name, ""))
+    text = value_text(name, metrics[name])
+    if error is None:
+        return text
+    return f"{text} ± {error:.2%}" if name == "ppl_ratio" else f"{text} ± {error:.1g}"
+
+
+def _reproduce(report: Mapping[str, Any], name: str) -> str:
+    source = report["source"]
+    known = source["base_model"] and source["revision"]
+    command = f"mlxq quantize --locked mlxq.json{'' if known else ' --model FOLDER-OF-THE-ORIGINAL'} -o rebuilt"
+    if "/" in name:
+        command = f"hf download {name} mlxq.json --local-dir . && {command}"
+    at = f", of commit `{source['revision']}`" if known else ""
+    return f"## Make it again\n\nThe same bytes, from the same original{at}:\n\n```bash\n{command}\n```"

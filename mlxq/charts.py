@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mlxq.compare import Comparison, ModelResult
@@ -132,6 +132,31 @@ def kl_distribution(comparison: Comparison) -> Figure:
     axes.set_xscale("log")
     axes.set_yscale("log")
     _label(axes, "KL divergence of a token, nats", "share of tokens above")
+    return figure
+
+
+def one_model(measured: Mapping[str, Any]) -> Figure:
+    """What a model card shows of one comparison: bits of each layer, and the KL divergence of single tokens.
+
+    ``measured`` is what ``mlxq.json`` keeps of a comparison.
+    """
+    figure, (left, right) = _figure(9.6, 3.2, columns=2)
+    layers = measured["layer_bits"]
+    left.bar(range(len(layers)), list(layers.values()), color=_COLORS[0], width=0.8)
+    step = max(1, len(layers) // 12)
+    left.set_xticks(range(0, len(layers), step), list(layers)[::step], rotation=45 if len(layers) > 6 else 0)
+    left.set_xlabel("layer")
+    left.set_ylabel("bits per weight")
+    edges, counts = measured["kl_histogram"]["edges"], measured["kl_histogram"]["counts"]
+    total = max(sum(counts), 1)
+    above = [sum(counts[index + 1 :]) / total for index in range(len(edges))]
+    shown = [(edge, share) for edge, share in zip(edges, above, strict=True) if share > 0]
+    if shown:
+        right.plot(*zip(*shown, strict=True), color=_COLORS[1], linewidth=1.5)
+        right.set_xscale("log")
+        right.set_yscale("log")
+    right.set_xlabel("KL divergence of a token, nats")
+    right.set_ylabel("share of tokens above")
     return figure
 
 

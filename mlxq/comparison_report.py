@@ -9,7 +9,7 @@ from typing import Any
 from mlxq import __version__
 from mlxq.compare import Comparison, ModelResult, verdict
 from mlxq.gates import GateResult
-from mlxq.metrics.names import METRICS
+from mlxq.metrics.names import METRICS, value_text
 
 SCHEMA = "mlxq.comparison"
 SCHEMA_VERSION = 1
@@ -100,25 +100,6 @@ def _finite(metrics: dict[str, float | None]) -> dict[str, float | None]:
 
 def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
-
-
-def value_text(name: str, value: float | None) -> str:
-    """A metric as tables show it; an en dash where it was not measured."""
-    if value is None:
-        return "\u2013"
-    if math.isnan(value):
-        return "NaN"
-    if METRICS[name].unit == "bytes":
-        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
-    if name == "top1_agreement":
-        return f"{value:.1%}"
-    if name == "ppl_ratio":
-        return f"{value - 1:+.2%}"
-    if name in ("bits_per_weight", "load_s", "ppl", "ppl_ref"):
-        return f"{value:.2f}"
-    if METRICS[name].unit == "tokens/s":
-        return f"{value:.1f}" if value < 100 else f"{value:.0f}"
-    return f"{value:.2e}" if 0 < abs(value) < 1e-4 else f"{value:.4f}"
 
 
 def cell_text(result: ModelResult, name: str) -> str:

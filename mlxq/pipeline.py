@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.architecture import bind, open_lazily
-from mlxq.card import card_text
+from mlxq.card import source_metadata, write_card
 from mlxq.errors import BadInputError, MlxqError
 from mlxq.execute import Progress, execute
 from mlxq.metrics.size import measure_size
@@ -96,12 +96,13 @@ def run(plan: Plan, out: Path, options: Options, *, force: bool = False) -> Iter
         executed = time.perf_counter()
         peak = peak_rss_bytes()
         partial.write_sidecars()
-        (partial.folder / "README.md").write_text(card_text(plan, out.name), encoding="utf-8")
         verify(plan, partial.folder, trust_remote_code=options.trust_remote_code)
         verified = time.perf_counter()
         timings = {"execute": executed - began, "verify": verified - executed}
         size = measure_size(partial.folder)
         report = build_report(plan, size, options.as_dict(), timings, peak, partial.folder)
+        report["card"] = source_metadata(plan.source)
+        write_card(report, partial.folder, out.name)
         write_report(report, partial.folder)
         partial.publish()
     yield Finished(out, report)

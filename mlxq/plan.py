@@ -8,11 +8,13 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from mlxq.architecture import Architecture, Module, Parameter, encode_header
 from mlxq.errors import BadInputError, RecipeError
 from mlxq.match import Match, assign, matches, names_module
+from mlxq.methods.encode import method_for
 from mlxq.methods.formats import TERNARY_PER_BYTE, Format, fallback, layout
 from mlxq.recipe import Recipe, Rule
 from mlxq.sources.base import ModelSource
@@ -21,6 +23,8 @@ from mlxq.tensors import DTYPE_BY_NAME, FLOAT_DTYPES, TensorSpec
 # mlx_lm starts a new shard where one would pass 5 GiB.
 SHARD_BYTES = 5 << 30
 
+# Who decided, for a module that no rule matched where the recipe has a budget.
+BY_BUDGET = "budget"
 # Who decided, for a module that the source holds quantized in a format MLX reads.
 KEPT_AS_STORED = "as stored in the source"
 
@@ -35,7 +39,7 @@ class Decision:
     ``format`` None means it stays in ``dtype``. ``by`` says who decided: the default, a rule (with file and line),
     the model, or the source. ``also`` are the rules that matched too; ``asked`` what the model said of it;
     ``note`` what had to be changed (a group size that does not divide the width, a tied head); ``misfit`` whether
-    it was the width.
+    it was the width; ``method`` how its numbers are chosen (``rtn``, ``fit``, ``gptq``).
     """
 
     path: str
@@ -48,6 +52,7 @@ class Decision:
     asked: str | None
     note: str | None
     misfit: bool
+    method: str
     nbytes: int
 
 
@@ -57,7 +62,8 @@ class Step:
 
     ``source`` is the checkpoint tensor it is, or None where it must be assembled by ``mlx_lm``'s sanitize.
     ``dequantize`` says that the parameter is stored quantized and is read as numbers; ``repacked`` that its stored
-    blocks are carried over bit for bit into an MLX format that holds the same values.
+    blocks are carried over bit for bit into an MLX format that holds the same values. ``method`` is how its numbers
+    are chosen, ``guided`` that calibration text has a say in it.
     """
 
     path: str
@@ -67,6 +73,8 @@ class Step:
     dequantize: bool
     repacked: bool
     outputs: tuple[TensorSpec, ...]
+    method: str = "rtn"
+    guided: bool = False
 
 
 @dataclass(frozen=True)
@@ -119,8 +127,14 @@ class Plan:
             digest.update(shard.file.encode() + shard.header)
         for step in self.steps:
             digest.update(
-                f"{step.path} {step.spec} {step.source} {step.format} {step.dequantize} {step.repacked}\n".encode()
+                f"{step.path} {step.spec} {step.source} {step.format} {step.dequantize} {step.repacked} "
+                f"{step.method} {step.guided}\n".encode()
             )
+        if any(step.guided for step in self.steps):
+            digest.update(f"{self.recipe.calibration}\n".encode())
+            for text in self.recipe.calibration.texts:
+                if (file := Path(text)).is_file():
+                    digest.update(file.read_bytes())
         for file in self.source.weight_files:
             stat = file.stat()
             digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -135,15 +149,17 @@ def make_plan(
     requantize: bool = False,
     dequantize: bool = False,
     keep_quantization: bool = False,
+    allocated: Mapping[str, Format | None] | None = None,
 ) -> Plan:
     """Decide every module and lay out every byte.
 
     ``requantize`` reads modules that are stored quantized as numbers first; ``dequantize`` writes them so;
-    ``keep_quantization`` carries GGUF blocks over exactly where an MLX format holds them.
+    ``keep_quantization`` carries GGUF blocks over exactly where an MLX format holds them. ``allocated`` is what a
+    budget came to, by module path; a module it does not name stays unquantized.
     Raises RecipeError where a rule means nothing on this model, BadInputError where the source is already
     quantized by MLX and neither was asked for.
     """
-    quantizes = recipe.default is not None or bool(recipe.rules)
+    quantizes = recipe.default is not None or bool(recipe.rules) or recipe.budget is not None
     if source.config.get("quantization") is not None and quantizes and not requantize:
         raise BadInputError(
             f"{source.name} is already quantized for MLX",
@@ -167,7 +183,7 @@ def make_plan(
     if faults:
         raise RecipeError(faults, "mlxq inspect MODEL --layers lists every module path.")
     decisions = {
-        module.path: _decide(module, match, recipe, architecture, dtypes, open_up=open_up)
+        module.path: _decide(module, match, recipe, architecture, dtypes, allocated or {}, open_up=open_up)
         for module, match in zip(modules, found, strict=True)
     }
     if keep_quantization:
@@ -182,7 +198,7 @@ def make_plan(
             tuple(f"{d.path}: {d.note}" for d in unfit),
             "strict: true forbids this; give these modules a rule of their own.",
         )
-    steps = _steps(architecture, decisions, dtypes, open_up=open_up, repack=keep_quantization)
+    steps = _steps(architecture, recipe, decisions, dtypes, open_up=open_up, repack=keep_quantization)
     if source.weights_folder is None and (unmapped := [s.path for s in steps if s.source is None]):
         raise BadInputError(
             f"{source.name}: {unmapped[0]} cannot be read straight from a {source.kind} file",
@@ -221,6 +237,7 @@ def _decide(
     recipe: Recipe,
     architecture: Architecture,
     dtypes: Mapping[str, str],
+    allocated: Mapping[str, Format | None],
     *,
     open_up: bool,
 ) -> Decision:
@@ -228,6 +245,8 @@ def _decide(
     rule = recipe.rules[match.rule] if match.rule is not None else None
     wanted = rule.format if rule else recipe.default
     by = rule.where if rule else "default"
+    if rule is None and recipe.budget is not None:
+        wanted, by = allocated.get(module.path), BY_BUDGET
     weight_dtype = dtypes[f"{module.path}.weight"]
     if module.stored:
         scales_dtype = dtypes[f"{module.path}.scales"]
@@ -267,6 +286,12 @@ def _decide(
         asked=asked,
         note=note,
         misfit=misfit,
+        method=method_for(
+            "rtn" if wanted == module.stored else recipe.method,
+            wanted,
+            has_text=recipe.calibration.has_text,
+            has_inputs="Embedding" not in module.kind,
+        ),
         nbytes=0,
     )
 
@@ -276,8 +301,8 @@ def _repacked(decision: Decision, source: ModelSource, architecture: Architectur
     parameter = next(p for p in architecture.parameters if p.spec.name == f"{decision.path}.weight")
     held = source.repack_format(parameter.source) if parameter.source else None
     if held is None or not decision.quantizable:
-        return replace(decision, format=None, by="stored as numbers")
-    return replace(decision, format=held, dtype="F16", by="same blocks as the source")
+        return replace(decision, format=None, by="stored as numbers", method="rtn")
+    return replace(decision, format=held, dtype="F16", by="same blocks as the source", method="rtn")
 
 
 def _names_embedding(rule: Rule, path: str) -> bool:
@@ -292,6 +317,7 @@ def _named_by(rule: Rule, path: str, architecture: Architecture) -> bool:
 
 def _steps(
     architecture: Architecture,
+    recipe: Recipe,
     decisions: Mapping[str, Decision],
     dtypes: Mapping[str, str],
     *,
@@ -299,6 +325,8 @@ def _steps(
     repack: bool,
 ) -> tuple[Step, ...]:
     stored = {m.path for m in architecture.modules if m.stored}
+    # Modules that only look rows up have no inputs for calibration to describe.
+    lookups = {m.path for m in architecture.modules if "Embedding" in m.kind}
     steps = []
     for parameter in architecture.parameters:
         name = parameter.spec.name
@@ -310,13 +338,16 @@ def _steps(
             assert decision is not None
             spec = TensorSpec(name, decision.dtype, decision.shape)
             outputs = layout(spec, decision.format) if decision.format else (spec,)
-            steps.append(Step(name, spec, None, decision.format, True, False, outputs))
+            steps.append(Step(name, spec, None, decision.format, True, False, outputs, decision.method))
             continue
         numbers = decision if part == "weight" and module not in stored else None
         spec = replace(parameter.spec, dtype=numbers.dtype if numbers else dtypes[name])
         encode = numbers.format if numbers else None
         outputs = layout(spec, encode) if encode else (spec,)
-        steps.append(Step(name, spec, parameter.source, encode, False, repack and encode is not None, outputs))
+        method = numbers.method if numbers else "rtn"
+        guided = method != "rtn" and recipe.calibration.has_text and module not in lookups
+        repacked = repack and encode is not None
+        steps.append(Step(name, spec, parameter.source, encode, False, repacked, outputs, method, guided))
     return tuple(steps)
 
 

@@ -61,6 +61,7 @@ def _module(decision: Decision) -> dict[str, Any]:
         "also_matched": list(decision.also),
         "model_asks": decision.asked,
         "note": decision.note,
+        "method": decision.method,
         "nbytes": decision.nbytes,
     }
 
@@ -115,10 +116,15 @@ def versions() -> dict[str, str]:
     return {"mlxq": __version__, **{name: version(name) for name in ("mlx", "mlx-lm", "numpy")}}
 
 
+def report_bytes(report: Mapping[str, Any]) -> bytes:
+    """A ``mlxq.json`` as it is stored."""
+    return (json.dumps(report, indent=2) + "\n").encode()
+
+
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
     """Write ``mlxq.json`` so that a reader sees the old or the new one, never half."""
     temporary = folder / (FILE_NAME + ".new")
-    temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    temporary.write_bytes(report_bytes(report))
     os.replace(temporary, folder / FILE_NAME)
 
 

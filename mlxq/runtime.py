@@ -173,7 +173,7 @@ def environment() -> Environment:
         free_memory_bytes=memory.available,
         gpu_memory_bytes=gpu_bytes,
         blas=blas,
-        hub_login=_logged_in(),
+        hub_login=logged_in(),
     )
 
 
@@ -201,7 +201,7 @@ def _mlx_device() -> tuple[str, str, int | None]:
     )
 
 
-def _logged_in() -> bool:
+def logged_in() -> bool:
     from huggingface_hub import get_token
 
     return get_token() is not None

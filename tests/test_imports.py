@@ -14,14 +14,25 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Each floor may import from floors below it and from its own.
 FLOORS = (
-    ("mlxq", "errors", "tensors"),
-    ("metrics.names", "gates", "recipe_yaml", "match", "methods", "recipe", "fold", "devices", "runtime"),
+    ("mlxq", "errors", "tensors", "arrays"),
+    (
+        "metrics.names",
+        "gates",
+        "recipe_yaml",
+        "recipe_schema",
+        "match",
+        "methods",
+        "recipe",
+        "fold",
+        "devices",
+        "runtime",
+    ),
     ("sources", "inspection", "fit"),
     ("architecture",),
     ("plan",),
-    ("writer", "metrics", "execute", "report", "card"),
-    ("pipeline", "calibration"),
-    ("compare", "candidates", "comparison_report", "charts"),
+    ("writer", "metrics", "calibration", "allocate", "execute", "report", "card"),
+    ("pipeline",),
+    ("compare", "candidates", "comparison_report", "charts", "publish"),
     ("console", "tables"),
     ("cli", "__main__"),
 )

@@ -19,6 +19,10 @@ TERNARY_PER_BYTE = 4
 TERNARY_SCALE = "weight_scale"
 
 
+# How the numbers of a format are chosen: rounded, refitted, with error feedback, or whichever suits the module.
+METHODS: tuple[str, ...] = ("rtn", "fit", "gptq", "auto")
+
+
 @dataclass(frozen=True)
 class Format:
     """A quantized storage format: ``bits`` per weight, one scale per ``group_size`` weights of a row."""

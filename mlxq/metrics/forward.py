@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -180,17 +181,25 @@ def batch_size(sequence_tokens: int, vocabulary: int, free_bytes: int) -> int:
     quarter of what is free.
     """
     fits = free_bytes // 4 // (sequence_tokens * vocabulary * 4 * 4)
-    wanted = len(_streams()) * max(1, _TOKENS_PER_STREAM // sequence_tokens) if on_cpu() else 8
+    wanted = len(core_streams()) * max(1, _TOKENS_PER_STREAM // sequence_tokens) if on_cpu() else 8
     return int(max(1, min(fits, wanted)))
 
 
-@functools.cache
-def _streams() -> tuple[Any, ...]:
-    """One CPU stream per core. Only MLX's matrix products use several threads, all else is one per stream."""
+def core_streams() -> tuple[Any, ...]:
+    """One CPU stream per core, the thread's own. Only MLX's matrix products use several threads, all else is one
+    per stream. On a GPU, its default stream.
+    """
     import mlx.core as mx
 
     if not on_cpu():
         return (mx.default_stream(mx.default_device()),)
+    return _cpu_streams(threading.get_ident())
+
+
+@functools.cache
+def _cpu_streams(thread: int) -> tuple[Any, ...]:
+    import mlx.core as mx
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return tuple(mx.new_stream(mx.cpu) for _ in range(cores))
 
@@ -199,7 +208,7 @@ def _share_blas_threads(streams: int) -> None:
     """Give each stream its share of OpenBLAS's threads, where OpenBLAS is what multiplies."""
     set_threads = getattr(ctypes.CDLL(None), "openblas_set_num_threads", None) if os.name == "posix" else None
     if set_threads is not None:
-        set_threads(max(1, len(_streams()) // streams))
+        set_threads(max(1, len(core_streams()) // streams))
 
 
 def run_rows(call: Callable[[Any], mx.array], rows: Any) -> mx.array:
@@ -208,12 +217,12 @@ def run_rows(call: Callable[[Any], mx.array], rows: Any) -> mx.array:
     """
     import mlx.core as mx
 
-    count = min(len(_streams()), rows.shape[0])
+    count = min(len(core_streams()), rows.shape[0])
     bounds = [rows.shape[0] * i // count for i in range(count + 1)]
     if on_cpu():
         _share_blas_threads(count)
     results = []
-    for stream, start, stop in zip(_streams(), bounds, bounds[1:], strict=False):
+    for stream, start, stop in zip(core_streams(), bounds, bounds[1:], strict=False):
         with mx.stream(stream):
             results.append(call(rows[start:stop]))
     mx.eval(results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -40,3 +41,22 @@ METRICS: dict[str, Metric] = {
         Metric("delta_p_rms", "RMS change of p", "", "lower"),
     )
 }
+
+
+def value_text(name: str, value: float | None) -> str:
+    """A metric as tables show it; an en dash where it was not measured."""
+    if value is None:
+        return "\u2013"
+    if math.isnan(value):
+        return "NaN"
+    if METRICS[name].unit == "bytes":
+        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+    if name == "top1_agreement":
+        return f"{value:.1%}"
+    if name == "ppl_ratio":
+        return f"{value - 1:+.2%}"
+    if name in ("bits_per_weight", "load_s", "ppl", "ppl_ref"):
+        return f"{value:.2f}"
+    if METRICS[name].unit == "tokens/s":
+        return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.2e}" if 0 < abs(value) < 1e-4 else f"{value:.4f}"
