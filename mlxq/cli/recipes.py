@@ -53,7 +53,7 @@ def check(
 
     recipe = load_recipe(file, sets or ())
     if model is None:
-        show_line(f"{file}: no faults in {len(recipe.rules)} rules. --model MODEL checks them against a model.")
+        show_line(f"{file}: no faults. --model MODEL also checks that its rules mean something on a model.")
         return
     from mlxq.pipeline import Options, prepare
 
