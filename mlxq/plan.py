@@ -99,6 +99,10 @@ class Plan:
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
     parameter_count: int
+    remarks: tuple[str, ...] = ()
+    """What a person should know of the whole plan."""
+    spending: Mapping[str, Any] | None = None
+    """How the budget was spent, as data; None without one."""
 
     @property
     def weight_bytes(self) -> int:
@@ -118,7 +122,7 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know before it runs, one line each."""
-        return tuple(f"{d.path}: {d.note}" for d in self.decisions if d.note)
+        return (*self.remarks, *(f"{d.path}: {d.note}" for d in self.decisions if d.note))
 
     def fingerprint(self) -> str:
         """SHA-256 over all that determines the bytes written: headers, sources, casts and formats."""
@@ -150,6 +154,7 @@ def make_plan(
     dequantize: bool = False,
     keep_quantization: bool = False,
     allocated: Mapping[str, Format | None] | None = None,
+    remarks: tuple[str, ...] = (),
 ) -> Plan:
     """Decide every module and lay out every byte.
 
@@ -221,6 +226,7 @@ def make_plan(
         shards=_shards(steps),
         config=_config(architecture, recipe, final),
         parameter_count=_parameter_count(architecture),
+        remarks=remarks,
     )
 
 

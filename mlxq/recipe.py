@@ -171,6 +171,28 @@ def recipe_from_dict(data: Mapping[str, Any], name: str) -> Recipe:
     return replace(recipe, text=text)
 
 
+def budget_recipe(budget: Mapping[str, Any], sets: Sequence[str] = ()) -> Recipe:
+    """The recipe of a budget alone, such as ``{"bpw": 4.25}``, with ``sets`` applied; named after the budget.
+
+    Raises RecipeError with every fault at once.
+    """
+    faults: list[_Fault] = []
+    name = str(budget["size"]) if "size" in budget else f"{budget['bpw']:g}bpw"
+    data: dict[str, Any] = {"budget": dict(budget)}
+    draft = _Draft(data, _origins_of(data, name), own_rules=0)
+    for text in sets:
+        _set(draft, text, faults)
+    return replace(_build(draft, name, faults), text=yaml.safe_dump(draft.data, sort_keys=False))
+
+
+def names_recipe(text: str) -> bool:
+    """Does an argument name a recipe? A YAML file, or a shipped recipe's name where no such path exists."""
+    path = Path(text)
+    if path.suffix in (".yaml", ".yml"):
+        return True
+    return not path.exists() and (_shipped_folder() / f"{text}.yaml").is_file()
+
+
 def shipped_recipes() -> tuple[Recipe, ...]:
     """The recipes that come with mlxq, by name."""
     return tuple(load_recipe(path.stem) for path in sorted(_shipped_folder().glob("*.yaml")))

@@ -48,6 +48,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "modules": [_module(decision) for decision in plan.decisions],
         "notes": list(plan.notes),
+        "budget": plan.spending,
     }
 
 
@@ -85,6 +86,7 @@ def build_report(
         "options": dict(options),
         "modules": facts["modules"],
         "notes": facts["notes"],
+        "budget": facts["budget"],
         "metrics": {
             "size_bytes": size.size_bytes,
             "weight_bytes": size.weight_bytes,

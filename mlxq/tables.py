@@ -52,7 +52,7 @@ def count_text(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _table(*headers: str, title: str | None = None, right: Sequence[str] = ()) -> Table:
+def plain_table(*headers: str, title: str | None = None, right: Sequence[str] = ()) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for header in headers:
         table.add_column(header, justify="right" if header in right else "left", overflow="fold")
@@ -61,7 +61,7 @@ def _table(*headers: str, title: str | None = None, right: Sequence[str] = ()) -
 
 def plan_table(plan: Plan) -> Table:
     """The whole plan, folded by layer: every module's shape, format, who decided, and its bytes."""
-    table = _table(
+    table = plain_table(
         "module",
         "shape",
         "format",
@@ -100,7 +100,7 @@ def plan_summary(plan: Plan) -> list[str]:
 def plan_notes(plan: Plan) -> list[str]:
     """What a person should know before the plan runs: deviations, folded by layer, and formats the source imposes."""
     notes = [(d.path, d.note) for d in plan.decisions if d.note]
-    lines = [f"{folded.path}: {folded.attributes}" for folded in fold(notes)]
+    lines = [*plan.remarks, *(f"{folded.path}: {folded.attributes}" for folded in fold(notes))]
     kept = Counter(str(d.format) for d in plan.decisions if d.by == KEPT_AS_STORED)
     if kept and (plan.recipe.default or plan.recipe.rules):
         formats = ", ".join(f"{count} in {fmt}" for fmt, count in kept.items())
@@ -127,7 +127,7 @@ def why_table(plan: Plan, pattern: str) -> Table:
     headers = ("module", "format", "decided by", "rules that matched too", "the model asks for", "note")
     # A column that says nothing of any module only takes room from the paths.
     told = [i for i, header in enumerate(headers) if i < 3 or any(line[i] for line in lines)]
-    table = _table(*(headers[i] for i in told))
+    table = plain_table(*(headers[i] for i in told))
     for line in lines:
         table.add_row(*(escape(line[i] or "-") for i in told))
     return table
@@ -158,7 +158,7 @@ def result_table(plan: Plan, finished: Finished, answer: Generation | None, seco
 
 def recipes_table(recipes: Sequence[Recipe]) -> Table:
     """The shipped recipes and when to use each."""
-    table = _table("name", "what it does")
+    table = plain_table("name", "what it does")
     for recipe in recipes:
         table.add_row(f"[bold]{recipe.name}[/]", escape(recipe.description))
     return table
@@ -225,7 +225,7 @@ def inspection_table(found: Inspection) -> Table:
 
 def module_table(modules: Sequence[InspectedModule], *, folded: bool) -> Table:
     """Modules with shape, stored form and parameters, folded by layer or one by one."""
-    table = _table("module", "shape", "stored", "parameters", right=("parameters",))
+    table = plain_table("module", "shape", "stored", "parameters", right=("parameters",))
     if folded:
         rows = [(m.path, (m.shape, m.stored_as, m.kept)) for m in modules]
         sizes = {m.path: m.parameters for m in modules}
@@ -262,7 +262,7 @@ def fit_table(fits: Sequence[tuple[str, Fit]], device: Device) -> Table:
     # The ceiling follows from the memory bandwidth, which is not known of every device.
     numbers = ("weights", "memory needed", "tokens/s at most")
     columns = ("recipe", "weights", "memory needed", "fits", *(numbers[-1:] if device.bandwidth else ()))
-    table = _table(*columns, right=numbers)
+    table = plain_table(*columns, right=numbers)
     for name, reckoned in fits:
         ceiling = [f"{reckoned.decode_tps_ceiling:,.0f}"] if reckoned.decode_tps_ceiling else []
         fits_text = "[green]yes[/]" if reckoned.fits else "[red]no[/]"
@@ -340,7 +340,7 @@ def answer_tables(comparison: Comparison) -> list[Table]:
     timed = [(result.name, result.speed.answers) for result in comparison.results if result.speed]
     tables = []
     for index in range(max((len(answers) for _, answers in timed), default=0)):
-        table = _table("model", "answer", "tokens/s", "memory", right=("tokens/s", "memory"))
+        table = plain_table("model", "answer", "tokens/s", "memory", right=("tokens/s", "memory"))
         table.title = escape(timed[0][1][index].prompt)
         for name, answers in timed:
             answer = answers[index]
@@ -352,7 +352,7 @@ def answer_tables(comparison: Comparison) -> list[Table]:
 
 def upload_table(outlook: Outlook) -> Table:
     """The files as an upload would leave them on the Hub."""
-    table = _table("file", "size", "on the Hub", right=("size",))
+    table = plain_table("file", "size", "on the Hub", right=("size",))
     for change in outlook.changes:
         style = "dim" if change.change == "unchanged" else ""
         table.add_row(escape(change.name), size_text(change.size_bytes), change.change, style=style)

@@ -30,10 +30,10 @@ FLOORS = (
     ("sources", "inspection", "fit"),
     ("architecture",),
     ("plan",),
-    ("writer", "metrics", "calibration", "allocate", "execute", "report", "card"),
+    ("writer", "metrics", "calibration", "allocate", "budget", "execute", "report", "card"),
     ("pipeline",),
     ("compare", "candidates", "comparison_report", "charts", "publish"),
-    ("console", "tables"),
+    ("console", "tables", "budget_tables"),
     ("cli", "__main__"),
 )
 HEAVY = {"mlx", "mlx_lm", "numpy", "huggingface_hub", "transformers", "gguf", "matplotlib", "jinja2", "psutil"}

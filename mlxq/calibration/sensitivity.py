@@ -243,14 +243,14 @@ def _early_variants(
 
     for path, module in outside_of(sequence.model, sequence.blocks).items():
         for fmt in options.get(path, ()):
-            with _changed(module, encode(path, module.weight, fmt, None)):
+            with changed_weight(module, encode(path, module.weight, fmt, None)):
                 entries = [sequence.enter(probe.tokens) for probe in probes]
                 mx.eval([entered.hidden for entered in entries])
             yield _Variant(path, module, fmt, entries, [entered.hidden for entered in entries])
 
 
 @contextmanager
-def _changed(module: nn.Module, weight: mx.array) -> Iterator[None]:
+def changed_weight(module: nn.Module, weight: mx.array) -> Iterator[None]:
     """Within the context ``module`` has ``weight``, in its own dtype."""
     import mlx.core as mx
 
@@ -274,7 +274,7 @@ def _measured(
 
     def divergence_of(probe: _Probe, reference: mx.array, hidden: mx.array) -> mx.array:
         p = sequence.leave(probe.tokens, reference)
-        with _changed(variant.module, changed):
+        with changed_weight(variant.module, changed):
             q = sequence.leave(probe.tokens, hidden)
         return divergence(p, q).sum()
 

@@ -100,7 +100,7 @@ def _measure(
 
     done: Comparison | None = None
     interrupted = False
-    with stages(quiet=quiet) as meter:
+    with stages("Comparing", quiet=quiet) as meter:
         try:
             for event in compare(original, candidates, settings):
                 if isinstance(event, Comparison):
