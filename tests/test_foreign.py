@@ -270,6 +270,7 @@ def test_mxfp4_experts_stay_and_the_rest_is_quantized(tmp_path: Path) -> None:
     [
         ("mxfp4", {"quant_method": "mxfp4"}, False),
         ("mxfp8", {"quant_method": "mxfp8"}, False),
+        ("mxfp8", {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [32, 32]}, False),
         ("nvfp4", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, False),
         ("nvfp4", {"quantization": {"quant_algo": "NVFP4", "group_size": 16}, "quant_method": "modelopt"}, True),
         ("nvfp4", {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, False),
