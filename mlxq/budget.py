@@ -23,6 +23,7 @@ from mlxq.fit import kv_cache_bytes, overhead_bytes
 from mlxq.methods.encode import Guide, encode
 from mlxq.methods.encoded import decode
 from mlxq.methods.formats import Format, fallback, layout
+from mlxq.metrics.forward import on_row_shares
 from mlxq.plan import BY_BUDGET, Plan
 from mlxq.recipe import Budget
 from mlxq.tensors import FLOAT_DTYPES, TensorSpec
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 # A change of mind must win by this many standard errors of the paired difference (two-sided 95%, 7 degrees of freedom).
 PAIRED_ERRORS = 2.36
+# Most tokens that scores are taken over.
+SCORE_TOKENS = 8192
 # Points of the size-KL curve, and how many of them are measured.
 CURVE_POINTS = 13
 MEASURED_POINTS = 4
@@ -289,11 +292,16 @@ def _score(
     encoder = _Decoder(draft, cache)
     total = sum(len(choices) for choices in missing.values())
     yield Scoring("scoring", 0, total)
-    found = scores(streamed.sequence, text.batches, missing, encoder.scored, streamed.hold)
+    found = scores(streamed.sequence, text.batches[: _batches_of(text.batches)], missing, encoder.scored, streamed.hold)
     for done, score in enumerate(found, start=1):
         cache.scores[score.path, score.fmt] = score.divergence
         yield Scoring("scoring", done, total)
     cache.save()
+
+
+def _batches_of(batches: Sequence[mx.array]) -> int:
+    """How many batches hold ``SCORE_TOKENS``: scores need fewer tokens than Hessians, and cost more for each."""
+    return max(1, SCORE_TOKENS // batches[0].size)
 
 
 class _Decoder:
@@ -318,7 +326,12 @@ class _Decoder:
 
         importance = mx.array(self.moments[path]) if path in self.moments else None
         stored = weight.astype(getattr(mx, FLOAT_DTYPES[self.dtypes[path]]))
-        return decode(encode(stored, fmt, self.method, Guide(importance)), fmt)
+        mx.eval(stored, [] if importance is None else importance)
+
+        def part(rows: mx.array) -> mx.array:
+            return decode(encode(rows, fmt, self.method, Guide(importance)), fmt)
+
+        return on_row_shares(part, stored)
 
 
 def _weight_scores(

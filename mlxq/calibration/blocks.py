@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxq.errors import MlxqError
-from mlxq.metrics.forward import core_streams
+from mlxq.metrics.forward import blas_threads_shared, core_streams
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -63,10 +63,12 @@ def side_by_side(call: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -
     streams = core_streams()
     for start in range(0, len(arguments), len(streams)):
         results = []
-        for stream, each in zip(streams, arguments[start : start + len(streams)], strict=False):
-            with mx.stream(stream):
-                results.append(call(*each))
-        mx.eval([_arrays(result) for result in results])
+        together = arguments[start : start + len(streams)]
+        with blas_threads_shared(len(together)):
+            for stream, each in zip(streams, together, strict=False):
+                with mx.stream(stream):
+                    results.append(call(*each))
+            mx.eval([_arrays(result) for result in results])
         yield from results
 
 
