@@ -55,7 +55,10 @@ def write_model(
                 elif isinstance(event, Finished):
                     finished = event
     except KeyboardInterrupt:
-        warn(f"stopped; what is finished stays in {partial}, and the same command continues from there")
+        if partial.is_dir():
+            warn(f"stopped; what is finished stays in {partial}, and the same command continues from there")
+        else:
+            warn(f"stopped; {out} is complete" if out.is_dir() else "stopped; nothing was written")
         raise
     assert finished is not None
     seconds = time.perf_counter() - began
