@@ -158,6 +158,8 @@ def _explained(exc: Exception, folder: Path, name: str) -> BadInputError:
     said = said if len(said) <= 300 else said[:300] + " ..."
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     method = (config.get("quantization_config") or {}).get("quant_method")
+    if method is None and (folder / "hf_quant_config.json").is_file():
+        method = "modelopt"
     if "model_type" not in config:
         return BadInputError(f"{name}: config.json has no model_type", "It is no language model mlx-lm knows.")
     if "not supported" in said and "Model type" in said:

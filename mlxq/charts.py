@@ -52,10 +52,7 @@ def size_against_kl(comparison: Comparison) -> Figure:
     if points or floor > 0:
         axes.set_yscale("log")
     axes.margins(x=0.16, y=0.12)
-    axes.set_xlabel("size of the weights, MB")
-    axes.set_ylabel("mean KL divergence from the reference, nats")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8.5)
+    _label(axes, "size of the weights, MB", "mean KL divergence from the reference, nats")
     return figure
 
 
@@ -99,7 +96,7 @@ def layer_strip(comparison: Comparison) -> Figure:
     table = np.array([[r.layer_bits.get(label, math.nan) for label in labels] for r in comparison.results])
     figure, axes = _figure(9.6, 0.9 + 0.34 * len(comparison.results))
     # Above 8 bits a weight is not quantized: one colour is enough for all of that.
-    image = axes.imshow(np.minimum(table, 9), aspect="auto", cmap="viridis", vmin=2, vmax=9)
+    axes.imshow(np.minimum(table, 9), aspect="auto", cmap="viridis", vmin=2, vmax=9)
     for (row, column), bits in np.ndenumerate(table):
         if math.isfinite(bits):
             axes.text(
@@ -115,7 +112,6 @@ def layer_strip(comparison: Comparison) -> Figure:
     axes.set_yticks(range(len(comparison.results)), [r.name for r in comparison.results], fontsize=8.5)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    del image
     return figure
 
 
@@ -137,10 +133,7 @@ def kl_distribution(comparison: Comparison) -> Figure:
         axes.plot(np.maximum(kl[picked], 1e-7), 1 - picked / len(kl), color=color, label=result.name, linewidth=1.5)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("KL divergence of a token, nats")
-    axes.set_ylabel("share of tokens above")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8.5)
+    _label(axes, "KL divergence of a token, nats", "share of tokens above")
     return figure
 
 
@@ -230,6 +223,14 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]
     for axes in all_axes if columns > 1 else [all_axes]:
         _bare(axes)
     return figure, all_axes
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    """Name both axes, and what is drawn where anything has a name."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8.5)
 
 
 def _bare(axes: Axes) -> None:

@@ -16,7 +16,7 @@ from rich.markup import escape
 from mlxq.errors import MlxqError
 
 # Read by CI logs and pipes as wide as the tables are laid out for; a terminal says its own width.
-PIPE_WIDTH = 100
+PIPE_WIDTH = 120
 
 
 def stdout() -> Console:

@@ -265,6 +265,40 @@ def test_mxfp4_experts_stay_and_the_rest_is_quantized(tmp_path: Path) -> None:
     assert ours["model.layers.0.self_attn.q_proj.weight"].dtype == mx.uint32
 
 
+@pytest.mark.parametrize(
+    ("mode", "said", "beside"),
+    [
+        ("mxfp4", {"quant_method": "mxfp4"}, False),
+        ("mxfp8", {"quant_method": "mxfp8"}, False),
+        ("mxfp8", {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [32, 32]}, False),
+        ("nvfp4", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, False),
+        ("nvfp4", {"quantization": {"quant_algo": "NVFP4", "group_size": 16}, "quant_method": "modelopt"}, True),
+        ("nvfp4", {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, False),
+        ("mxfp4", {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}, False),
+    ],
+)
+def test_microscaled_floats_are_taken_over_as_they_are(
+    mode: str, said: dict[str, Any], beside: bool, tmp_path: Path
+) -> None:
+    """Tensors under MLX's names, with the formats said as other tools say them."""
+    model, _ = build(SMALL)
+    model, _ = mlx_lm.utils.quantize_model(model, SMALL, None, None, mode=mode)
+    config = SMALL if beside else {**SMALL, "quantization_config": said}
+    folder = save(tmp_path / "model", config, dict(tree_flatten(model.parameters())))
+    if beside:
+        (folder / "hf_quant_config.json").write_text(json.dumps(said))
+    quantize(folder, tmp_path / "ours", CAST)
+    ours, theirs = parameters(tmp_path / "ours"), parameters(folder)
+    assert all(mx.array_equal(array, theirs[path]).item() for path, array in ours.items())
+    recorded = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert recorded["quantization"]["mode"] == mode
+    assert recorded["quantization"] == recorded["quantization_config"]
+    assert not (tmp_path / "ours" / "hf_quant_config.json").exists()
+    found = inspect_model(resolve(str(folder)), context=128).quantization
+    assert found is not None
+    assert found.method == said["quant_method"]
+
+
 def test_bitnet_cannot_be_quantized_or_opened(tmp_path: Path) -> None:
     model = bitnet(tmp_path / "model")
     for recipe, options in ((load_recipe("4bit"), Options()), (CAST, Options(dequantize=True))):

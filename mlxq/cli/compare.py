@@ -110,7 +110,7 @@ def _measure(
         except KeyboardInterrupt:
             interrupted = True
     if interrupted:
-        warn("stopped; below is what was finished")
+        warn("stopped; below is what was finished" if done else "stopped before anything was finished")
     return done, interrupted
 
 

@@ -165,8 +165,10 @@ def _check_together(
     """Raise BadInputError for options that contradict each other."""
     from mlxq.errors import BadInputError
 
-    if (recipe is None) == (locked is None):
+    if recipe is None and locked is None:
         raise BadInputError("name a recipe, or --locked with an mlxq.json", "mlxq recipes lists the shipped recipes.")
+    if recipe is not None and locked is not None:
+        raise BadInputError("--locked rebuilds what was recorded, so it takes no recipe")
     if locked is not None and (sets or bpw is not None or size is not None or frontier):
         raise BadInputError("--locked rebuilds what was recorded, so it takes no --set and no budget")
     if bpw is not None and size is not None:
