@@ -30,9 +30,9 @@ def as_bytes(array: mx.array) -> memoryview:
 
 
 def as_matrix(array: mx.array) -> npt.NDArray[Any]:
-    """An array as a numpy matrix of its rows; a scalar stays one."""
+    """An array as a numpy matrix of its rows; a scalar is one row of one."""
     import mlx.core as mx
     import numpy as np
 
     plain = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-    return np.asarray(plain if array.ndim == 0 else plain.reshape(-1, array.shape[-1]))
+    return np.asarray(plain.reshape(-1, array.shape[-1] if array.ndim else 1))

@@ -85,12 +85,11 @@ def blocks_of(step: Step) -> list[Block]:
     """Cut a step into blocks of whole rows of at most ``BLOCK_BYTES`` as numbers."""
     rows = max(step.spec.rows, 1)
     per_block = max(1, BLOCK_BYTES // max(1, step.spec.nbytes // rows))
-    if not step.guided:
-        return [Block(step, start, min(start + per_block, rows)) for start in range(0, rows, per_block)]
-    # Each expert of a stack has a guide of its own. A share of error feedback's work is the same for any count of
-    # rows, so blocks of few long rows would waste it.
-    per_block = max(per_block, step.spec.shape[-1] // 2)
-    whole = step.spec.shape[-2]
+    if step.guided:
+        # A share of error feedback's work is the same for any count of rows: blocks of few long rows would waste it.
+        per_block = max(per_block, step.spec.shape[-1] // 2)
+    # Each expert of a stack has a guide, and where it is stored quantized a scale, of its own.
+    whole = step.spec.shape[-2] if step.guided or step.dequantize else rows
     return [
         Block(step, first + start, first + min(start + per_block, whole))
         for first in range(0, rows, whole)
@@ -326,9 +325,13 @@ def _held_rows(held: Held, block: Block) -> mx.array:
     import mlx.core as mx
 
     parts: dict[str, Any] = {
-        name: to_mlx(array if array.ndim == 0 else array[block.start : block.stop], held.dtypes[name])
+        name: to_mlx(array[block.start : block.stop], held.dtypes[name])
         for name, array in held.rows.items()
+        if name != "global_scale"
     }
+    if (scale := held.rows.get("global_scale")) is not None:
+        expert = block.start // block.step.spec.shape[-2] if scale.size > 1 else 0
+        parts["global_scale"] = to_mlx(scale.reshape(-1)[expert], held.dtypes["global_scale"])
     if held.stored is None:
         weight: mx.array = parts["weight"]
         return weight

@@ -14,9 +14,11 @@ import pytest
 from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
+from mlxq.architecture import open_lazily
 from mlxq.cli import app
 from mlxq.errors import BadInputError
 from mlxq.inspection import inspect_model
+from mlxq.metrics.forward import evaluation_model
 from mlxq.pipeline import Options, prepare
 from mlxq.recipe import load_recipe, recipe_from_dict
 from mlxq.sources.resolve import resolve
@@ -322,13 +324,27 @@ def test_scales_for_whole_tensors_are_kept_and_recorded(only: str | None, tmp_pa
     assert finished.report["metrics"]["parameter_count"] == sum(a.size for a in build(CONFIGS["qwen3_moe"])[1].values())
 
 
-@pytest.mark.xfail(strict=True, reason="execute._numbers hands mx.dequantize one scale per expert at once")
 def test_scales_for_whole_tensors_are_opened(tmp_path: Path) -> None:
     config = CONFIGS["qwen3_moe"]
     model, config = mlx_lm.utils.quantize_model(build(config)[0], config, 16, 4, mode="nvfp4", global_scale=True)
     folder = save(tmp_path / "model", config, dict(tree_flatten(model.parameters())))
     quantize(folder, tmp_path / "plain", CAST, Options(dequantize=True))
-    assert sorted(parameters(tmp_path / "plain")) == sorted(build(CONFIGS["qwen3_moe"])[1])
+    plain = parameters(tmp_path / "plain")
+    assert sorted(plain) == sorted(build(CONFIGS["qwen3_moe"])[1])
+    stack = model.model.layers[0].mlp.switch_mlp.down_proj
+    for expert in range(stack.weight.shape[0]):
+        scale = stack["global_scale"].reshape(-1)[expert]
+        stored = stack.weight[expert], stack.scales[expert]
+        numbers = mx.dequantize(*stored, global_scale=scale, group_size=16, bits=4, mode="nvfp4", dtype=mx.float32)
+        ours = plain["model.layers.0.mlp.switch_mlp.down_proj.weight"][expert]
+        assert mx.allclose(ours.astype(mx.float32), numbers, rtol=1e-2)
+    evaluated = evaluation_model(open_lazily(folder, "model")[0])(mx.array([[1, 2, 3]]))
+    assert mx.allclose(
+        evaluated,
+        evaluation_model(open_lazily(tmp_path / "plain", "plain")[0])(mx.array([[1, 2, 3]])),
+        rtol=0.1,
+        atol=0.1,
+    )
 
 
 @pytest.mark.parametrize("kind", READABLE)

@@ -131,7 +131,15 @@ def _replacements() -> dict[type, Callable[[nn.Module, bool, mx.Dtype | None], n
                 part["scales"] = part["scales"].astype(mx.float32)
                 part["biases"] = part["biases"].astype(mx.float32)
                 return mx.dequantize(part.pop("weight"), **part, **self._format)
-            return mx.dequantize(part.pop("weight"), **part, **self._format, dtype=mx.float32)
+            scale = part.pop("global_scale", None)
+            if scale is None or scale.size == 1:
+                extra = {} if scale is None else {"global_scale": scale}
+                return mx.dequantize(part.pop("weight"), **part, **extra, **self._format, dtype=mx.float32)
+            # One scale for each expert of a stack, and mx.dequantize takes one at a time.
+            experts = zip(part["weight"], part["scales"], scale.reshape(-1), strict=True)
+            return mx.stack(
+                [mx.dequantize(w, scales=s, global_scale=g, **self._format, dtype=mx.float32) for w, s, g in experts]
+            )
 
         @property
         def weight(self) -> mx.array:
