@@ -1,0 +1,273 @@
+"""Budgets and methods on real tiny models: what they land on, what they lose, and that they can be done again."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import mlx_lm.utils
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from mlxq.budget import ROUTER_BITS, Scoring, Spending, options_of
+from mlxq.calibration.measured import measured_divergences
+from mlxq.calibration.sensitivity import divergence, scores
+from mlxq.calibration.streamed import not_sequential, streamed_model
+from mlxq.calibration.tokens import calibration_text
+from mlxq.cli import app
+from mlxq.errors import BadInputError
+from mlxq.execute import Progress
+from mlxq.methods.encode import encode
+from mlxq.methods.encoded import decode
+from mlxq.methods.formats import Format
+from mlxq.pipeline import Allocated, Finished, Options, allocated_plan, differing_files, prepare, prepare_locked, run
+from mlxq.plan import Plan
+from mlxq.recipe import budget_recipe, recipe_from_dict
+from mlxq.report import read_report
+from tests.checkpoints import build, llama, save
+from tests.test_bit_identity import CONFIGS
+
+OPTIONS = Options()
+# Enough text to calibrate a model of this size, and little enough to be quick.
+FEW = "calibration={tokens: 2048}"
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXQ_CACHE", str(tmp_path / "cache"))
+
+
+def spent(model: Path, bpw: float, *sets: str) -> tuple[Plan, Spending, list[str]]:
+    """The plan of a budget, how it was spent, and the stages it took."""
+    draft = prepare(budget_recipe({"bpw": bpw}, [FEW, *sets]), str(model), OPTIONS)
+    stages = []
+    for event in allocated_plan(draft, OPTIONS):
+        if isinstance(event, Scoring):
+            stages.append(event.stage)
+        else:
+            return event.plan, event.spending, stages
+    raise AssertionError("a budget ends with a plan")
+
+
+def written(plan: Plan, out: Path) -> Finished:
+    *_, last = run(plan, out, OPTIONS)
+    assert isinstance(last, Finished)
+    return last
+
+
+def recipe_of(**keys: Any) -> Any:
+    return recipe_from_dict({"calibration": {"tokens": 2048}, **keys}, "test")
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return llama(tmp_path_factory.mktemp("deep") / "model", num_hidden_layers=6)
+
+
+@pytest.mark.parametrize("bpw", [3.2, 4.1, 5.0, 6.3])
+def test_a_budget_is_met_to_half_a_percent(deep: Path, bpw: float, tmp_path: Path) -> None:
+    plan, spending, _ = spent(deep, bpw)
+    assert plan.bits_per_weight <= bpw
+    assert plan.bits_per_weight > 0.995 * bpw
+    assert plan.weight_bytes == spending.weight_bytes
+    finished = written(plan, tmp_path / "out")
+    assert finished.report["metrics"]["bits_per_weight"] == plan.bits_per_weight
+    mlx_lm.load(str(tmp_path / "out"))
+
+
+def test_a_size_counts_whole_files(deep: Path, tmp_path: Path) -> None:
+    recipe = budget_recipe({"size": "600KB"}, [FEW])
+    plan = next(
+        e.plan for e in allocated_plan(prepare(recipe, str(deep), OPTIONS), OPTIONS) if isinstance(e, Allocated)
+    )
+    written(plan, tmp_path / "out")
+    assert 0.95 * 600_000 < (tmp_path / "out" / "model.safetensors").stat().st_size <= 600_000
+
+
+def test_a_second_budget_takes_scores_from_the_cache(deep: Path) -> None:
+    first, _, stages = spent(deep, 4.5)
+    again, spending, later = spent(deep, 4.5)
+    assert "scoring" in stages
+    assert "scoring" not in later
+    assert [d.format for d in again.decisions] == [d.format for d in first.decisions]
+    assert spending.text is not None
+    *_, other = spent(deep, 4.5, "options=[3, 4, 5, 6, {bits: 4, group_size: 128}]")
+    assert "scoring" in other, "an option that was never scored is scored"
+
+
+def test_rules_come_first(deep: Path) -> None:
+    rules = "rules=[{match: v_proj, bits: 8}, {match: lm_head, keep: true}]"
+    plan, _, _ = spent(deep, 7.0, rules)
+    formats = {d.path: d.format for d in plan.decisions}
+    assert all(fmt == Format(8, 64) for path, fmt in formats.items() if path.endswith("v_proj"))
+    assert formats["lm_head"] is None
+    assert plan.bits_per_weight <= 7.0
+
+
+def test_a_budget_too_small_says_what_would_do(deep: Path) -> None:
+    with pytest.raises(BadInputError, match="smallest options take"):
+        spent(deep, 2.0)
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "qwen3_moe", "deepseek_v2_mla", "gemma3_sliding", "mamba2"])
+def test_every_kind_of_model_spends_a_budget_and_loads(name: str, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    model = save(tmp_path / "model", config, build(config)[1])
+    plan, spending, _ = spent(model, 6.5, "options=[3, 4, 8]")
+    assert spending.text is not None
+    assert plan.bits_per_weight <= 6.5
+    written(plan, tmp_path / "out")
+    loaded, _ = mlx_lm.load(str(tmp_path / "out"))
+    assert bool(mx.isfinite(loaded(mx.array([[3, 4, 5]]))).all())
+
+
+def test_a_router_keeps_eight_bits_and_a_stack_has_one_format(tmp_path: Path) -> None:
+    config = CONFIGS["mixtral"]
+    model = save(tmp_path / "model", config, build(config)[1])
+    draft = prepare(budget_recipe({"bpw": 6.0}, [FEW]), str(model), OPTIONS)
+    routers = {path: formats for path, formats in options_of(draft).items() if path.endswith(".gate")}
+    assert routers
+    assert all(fmt.bits >= ROUTER_BITS for formats in routers.values() for fmt in formats)
+    plan, _, _ = spent(model, 6.0)
+    found = {d.path: d.format for d in plan.decisions}
+    assert all(found[path] is None or found[path].bits == 8 for path in routers)  # type: ignore[union-attr]
+
+
+def test_without_text_weights_decide(deep: Path, tmp_path: Path) -> None:
+    plan, spending, stages = spent(deep, 4.3, "calibration={text: none}")
+    assert spending.text is None
+    assert stages == []
+    assert spending.facts()["predicted_kl"] is None
+    assert 0.995 * 4.3 < plan.bits_per_weight <= 4.3
+    assert {d.method for d in plan.decisions if d.format} == {"fit"}
+    written(plan, tmp_path / "out")
+
+
+def test_a_model_that_is_no_sequence_of_blocks_falls_back_and_says_so(tmp_path: Path) -> None:
+    """Gemma 3n's blocks take per-layer inputs and hand on four streams at once."""
+    config = {
+        "model_type": "gpt2", "n_embd": 64, "n_head": 2, "n_layer": 2, "n_positions": 64, "n_ctx": 64,
+        "layer_norm_epsilon": 1e-5, "vocab_size": 96, "torch_dtype": "float32",
+    }  # fmt: skip
+    model = save(tmp_path / "model", config, build(config)[1])
+    plan = prepare(recipe_of(default={"bits": 4, "group_size": 32}, method="gptq"), str(model), OPTIONS)
+    reason = not_sequential(plan.source, plan.architecture)
+    assert (reason is None) == (plan.remarks == ())
+
+
+def logits_of(folder: Path, tokens: mx.array) -> mx.array:
+    model, _ = mlx_lm.utils.load_model(folder)
+    model.set_dtype(mx.float32)
+    return model(tokens)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3_moe"])
+def test_chosen_weights_lose_less_than_rounded_ones(name: str, tmp_path: Path) -> None:
+    config = CONFIGS[name]
+    model = save(tmp_path / "model", config, build(config)[1])
+    plan = prepare(recipe_of(method="fit", default={"bits": 3}), str(model), OPTIONS)
+    with streamed_model(plan.source, plan.architecture) as streamed:
+        tokens = calibration_text(plan.recipe.calibration, streamed).held_out[0]
+    reference = logits_of(model, tokens)
+    lost = {}
+    for method in ("rtn", "fit", "gptq"):
+        keys = {} if method == "rtn" else {"calibration": {"tokens": 8192}}
+        recipe = recipe_from_dict({"default": {"bits": 3, "group_size": 64}, "method": method, **keys}, method)
+        finished = written(prepare(recipe, str(model), OPTIONS), tmp_path / method)
+        lost[method] = float(divergence(reference, logits_of(tmp_path / method, tokens)).mean())
+        recorded = {module["method"] for module in finished.report["modules"] if module["format"]}
+        assert method in recorded
+    assert lost["gptq"] < 0.7 * min(lost["rtn"], lost["fit"])
+    # Random experts are routed by noise; where there are none, a better grid shows in the divergence too.
+    assert name == "qwen3_moe" or lost["fit"] < lost["rtn"]
+
+
+def test_gptq_is_interrupted_continued_and_rebuilt_to_the_same_bytes(deep: Path, tmp_path: Path) -> None:
+    plan, _, _ = spent(deep, 4.2)
+    whole = written(plan, tmp_path / "whole")
+    events: Iterator[Any] = run(plan, tmp_path / "out", OPTIONS)
+    finished = 0
+    for event in events:
+        finished += isinstance(event, Progress) and event.finished is not None
+        if finished == 25:
+            break
+    events.close()
+    continued = written(plan, tmp_path / "out")
+    assert differing_files(continued.report, whole.report) == ()
+    recorded = read_report(tmp_path / "whole" / "mlxq.json")
+    locked, options = prepare_locked(recorded, None)
+    *_, rebuilt = run(locked, tmp_path / "rebuilt", options)
+    assert isinstance(rebuilt, Finished)
+    assert differing_files(rebuilt.report, recorded) == ()
+
+
+def test_scores_predict_what_is_measured(deep: Path) -> None:
+    """Over random assignments, summed scores and measured KL agree in rank."""
+    draft = prepare(budget_recipe({"bpw": 4.5}, [FEW]), str(deep), OPTIONS)
+    options = {path: (Format(3, 64), Format(4, 64), Format(5, 64), Format(6, 64)) for path in options_of(draft)}
+
+    def encoded(path: str, weight: mx.array, fmt: Format, *_: Any) -> mx.array:
+        return decode(encode(weight, fmt, "rtn"), fmt)
+
+    with streamed_model(draft.source, draft.architecture) as streamed:
+        text = calibration_text(draft.recipe.calibration, streamed)
+        found = {
+            (s.path, s.fmt): s.divergence
+            for s in scores(streamed.sequence, text.batches, options, encoded, streamed.hold)
+        }
+        chance = random.Random(0)
+        assignments = []
+        for _ in range(24):
+            # Leaning to many or few bits, so that assignments differ in more than luck.
+            weights = [chance.random() ** 2 + 0.02 for _ in range(4)]
+            assignments.append({path: chance.choices(formats, weights)[0] for path, formats in options.items()})
+        *_, measured = measured_divergences(streamed, text.held_out, assignments, encoded)
+    assert isinstance(measured, list)
+    predicted = [sum(found[item] for item in assignment.items()) for assignment in assignments]
+    actual = [float(np.mean(sequences)) for sequences in measured]
+    ranks = np.argsort(np.argsort(predicted)), np.argsort(np.argsort(actual))
+    print("CORR", np.corrcoef(*ranks)[0, 1])
+    assert np.corrcoef(*ranks)[0, 1] > 0.9
+
+
+def test_the_commands_show_and_explain(deep: Path, tmp_path: Path) -> None:
+    quantize = ["quantize", str(deep), "--bpw", "4.5", "--set", FEW]
+    shown = CliRunner().invoke(app, [*quantize, "--dry-run", "--explain", "-o", str(tmp_path / "out")])
+    assert shown.exit_code == 0, shown.output
+    for text in ("predicted KL", "by score", "Where the bits went", "The next "):
+        assert text in shown.stdout
+    assert not (tmp_path / "out").exists()
+    plot = tmp_path / "curve.svg"
+    curve = CliRunner().invoke(app, [*quantize, "--frontier", "--plot", str(plot), "--json"])
+    assert curve.exit_code == 0, curve.output
+    facts = json.loads(curve.stdout)
+    points = facts["curve"]
+    assert facts["schema"] == "mlxq.budget"
+    assert [p["predicted_kl"] for p in points] == sorted((p["predicted_kl"] for p in points), reverse=True)
+    assert sum(p["measured_kl"] is not None for p in points) == 4
+    command = ["quantize", str(deep), "--size", "600KB", "--set", FEW, "-o", str(tmp_path / "s"), "--no-generate"]
+    sized = CliRunner().invoke(app, command)
+    assert sized.exit_code == 0, sized.output
+    assert json.loads((tmp_path / "s" / "mlxq.json").read_text())["budget"]["asked"] == {"size": "600000B"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--bpw", "4", "--size", "1GB"], "two budgets"),
+        (["--plot", "curve.svg"], "--frontier"),
+        (["--bpw", "nan"], "bpw"),
+        (["--size", "many"], "cannot read the size"),
+        (["--bpw", "4", "--model", "other"], "two models"),
+    ],
+)
+def test_what_makes_no_sense_is_said(deep: Path, arguments: list[str], says: str) -> None:
+    result = CliRunner().invoke(app, ["quantize", str(deep), *arguments])
+    assert isinstance(result.exception, BadInputError)
+    assert says in str(result.exception)
