@@ -8,6 +8,7 @@ compressed-tensors and MXFP4 checkpoints thus decide names, shapes and dtypes, a
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import os
 import struct
@@ -19,9 +20,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError, MlxqError
+from mlxq.match import layer_index
 from mlxq.methods.formats import MODES, Format
 from mlxq.sources.base import ModelSource
-from mlxq.tensors import TensorSpec
+from mlxq.tensors import FLOAT_DTYPES, TensorSpec
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -83,6 +85,7 @@ def bind(source: ModelSource, *, trust_remote_code: bool = False) -> Architectur
     with openable_folder(source) as folder:
         model, config = open_lazily(folder, source.name, checkpoint, trust_remote_code=trust_remote_code)
     names = {id(array): name for name, array in checkpoint.items()}
+    _check_float8(source, model, names)
     cast = getattr(model, "cast_predicate", None) or (lambda _: True)
     parameters = tuple(
         Parameter(
@@ -95,6 +98,7 @@ def bind(source: ModelSource, *, trust_remote_code: bool = False) -> Architectur
     leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
     predicate = getattr(model, "quant_predicate", None)
     modules = tuple(_module(path, leaf, predicate) for path, leaf in leaves if "weight" in leaf)
+    _check_numbers(source, modules, parameters)
     layers = getattr(model, "layers", None)
     declared = config.get("torch_dtype") or (config.get("text_config") or {}).get("dtype")
     return Architecture(
@@ -154,6 +158,8 @@ def _explained(exc: Exception, folder: Path, name: str) -> BadInputError:
     said = said if len(said) <= 300 else said[:300] + " ..."
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     method = (config.get("quantization_config") or {}).get("quant_method")
+    if method is None and (folder / "hf_quant_config.json").is_file():
+        method = "modelopt"
     if "model_type" not in config:
         return BadInputError(f"{name}: config.json has no model_type", "It is no language model mlx-lm knows.")
     if "not supported" in said and "Model type" in said:
@@ -210,6 +216,49 @@ def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> b
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
+
+
+def _check_float8(source: ModelSource, model: nn.Module, names: Mapping[int, str]) -> None:
+    """Raise BadInputError where ``sanitize`` multiplies the bytes of FP8 numbers as if they were integers.
+
+    MLX opens FP8 tensors as uint8, and a model file must decode them with ``mx.from_fp8``; some do not. The graph
+    of what ``sanitize`` makes of the first layer that has them shows which. Packed modules (mxfp8) take the bytes
+    as they are.
+    """
+    import mlx.core as mx
+    import mlx.nn as nn
+    from mlx.utils import tree_flatten
+
+    layers = {layer_index(name) for name, spec in source.tensors.items() if spec.dtype == "F8_E4M3"} - {None}
+    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    if not layers or any("scales" in leaf for _, leaf in leaves):
+        return
+    first = min(layer for layer in layers if layer is not None)
+    made = [
+        array
+        for path, array in tree_flatten(model.parameters())
+        if layer_index(path) == first and id(array) not in names and mx.issubdtype(array.dtype, mx.floating)
+    ]
+    graph = io.StringIO()
+    mx.export_to_dot(graph, *made)
+    if made and "FromFP8" not in graph.getvalue():
+        raise BadInputError(
+            f"{source.name} holds FP8 weights, which this mlx-lm's {source.config.get('model_type')!r} model misreads",
+            "Dequantize it to bfloat16 first with the tool that made it, or try: pip install -U mlx-lm",
+        )
+
+
+def _check_numbers(source: ModelSource, modules: Iterable[Module], parameters: Iterable[Parameter]) -> None:
+    """Raise BadInputError where a linear layer's weight is not of a float dtype: packed by a tool left unnamed."""
+    weights = {parameter.spec.name: parameter for parameter in parameters}
+    for module in modules:
+        weight = weights[f"{module.path}.weight"]
+        if module.quantizable and not module.stored and weight.spec.dtype not in FLOAT_DTYPES:
+            held = source.tensors[weight.source].dtype if weight.source else weight.spec.dtype
+            raise BadInputError(
+                f"{source.name}: {module.path}.weight is stored in {held}, and nothing says how to read it as numbers",
+                "Start from the unquantized original, or dequantize it to bfloat16 with the tool that made it.",
+            )
 
 
 def _dtype_code(array: mx.array, path: str) -> str:
@@ -269,8 +318,13 @@ def _tied_head(leaves: list[tuple[str, nn.Module]]) -> str | None:
 
 
 def _output_config(model: nn.Module, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config to write, without quantization: what ``mlx_lm.utils.save_config`` keeps of it."""
-    dropped = {"_name_or_path", "quantization", "quantization_config"}
+    """The config to write: what ``mlx_lm.utils.save_config`` keeps of it.
+
+    Without quantization, which the plan writes anew; only BitNet's stays, as no MLX format says the same.
+    """
+    dropped = {"_name_or_path", "quantization"}
+    if (config.get("quantization_config") or {}).get("quant_method") != "bitnet":
+        dropped.add("quantization_config")
     if "vision_tower" not in getattr(model, "model", {}):
         dropped.add("vision_config")
     return {key: value for key, value in sorted(config.items()) if key not in dropped}

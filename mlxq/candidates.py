@@ -15,9 +15,9 @@ from mlxq.compare import Candidate, folder_candidate, stored_layer_bits
 from mlxq.errors import BadInputError
 from mlxq.match import layer_index
 from mlxq.metrics.size import Size
-from mlxq.pipeline import Options, prepare, run
+from mlxq.pipeline import Allocated, Options, allocated_plan, prepare, run
 from mlxq.plan import Plan
-from mlxq.recipe import Recipe, load_recipe, recipe_from_dict, shipped_recipes
+from mlxq.recipe import Recipe, load_recipe, names_recipe, recipe_from_dict
 from mlxq.sources.base import ModelSource
 from mlxq.sources.resolve import resolve
 from mlxq.tensors import FLOAT_DTYPES
@@ -53,14 +53,6 @@ def _stored_size(source: ModelSource, folder: Path) -> Size:
     )
 
 
-def is_recipe(text: str) -> bool:
-    """Does an argument name a recipe? A YAML file, or a shipped recipe's name where no such path exists."""
-    path = Path(text)
-    if path.suffix in (".yaml", ".yml"):
-        return True
-    return not path.exists() and text in {recipe.name for recipe in shipped_recipes()}
-
-
 def recipe_candidate(recipe: Recipe, reference: Candidate) -> Candidate:
     """``recipe`` applied to ``reference`` in memory. Raises RecipeError where a rule means nothing on it."""
     if reference.folder is None:
@@ -84,8 +76,25 @@ def recipe_candidate(recipe: Recipe, reference: Candidate) -> Candidate:
 
 
 def load_candidate(text: str, reference: Candidate, scratch: Path) -> Candidate:
-    """A model or a recipe, whichever ``text`` names."""
-    return recipe_candidate(load_recipe(text), reference) if is_recipe(text) else model_candidate(text, scratch)
+    """A model or a recipe, whichever ``text`` names.
+
+    A recipe that does more than round (a method, a budget) is carried out to a folder in ``scratch``.
+    """
+    if not names_recipe(text):
+        return model_candidate(text, scratch)
+    recipe = load_recipe(text)
+    if recipe.method == "rtn" and recipe.budget is None:
+        return recipe_candidate(recipe, reference)
+    if reference.folder is None:
+        raise BadInputError("a recipe needs a reference that is stored in a folder")
+    options = Options()
+    plan = prepare(recipe, str(reference.folder), options)
+    if recipe.budget is not None:
+        plan = next(e.plan for e in allocated_plan(plan, options) if isinstance(e, Allocated))
+    folder = scratch / f"{len(list(scratch.iterdir()))}-{recipe.name}"
+    for _ in run(plan, folder, options):
+        pass
+    return folder_candidate(recipe.name, folder)
 
 
 def _quantized(plan: Plan, folder: Path) -> nn.Module:

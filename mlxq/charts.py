@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxq.budget import Spending
 from mlxq.compare import Comparison, ModelResult
 
 if TYPE_CHECKING:
@@ -50,10 +52,7 @@ def size_against_kl(comparison: Comparison) -> Figure:
     if points or floor > 0:
         axes.set_yscale("log")
     axes.margins(x=0.16, y=0.12)
-    axes.set_xlabel("size of the weights, MB")
-    axes.set_ylabel("mean KL divergence from the reference, nats")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8.5)
+    _label(axes, "size of the weights, MB", "mean KL divergence from the reference, nats")
     return figure
 
 
@@ -97,7 +96,7 @@ def layer_strip(comparison: Comparison) -> Figure:
     table = np.array([[r.layer_bits.get(label, math.nan) for label in labels] for r in comparison.results])
     figure, axes = _figure(9.6, 0.9 + 0.34 * len(comparison.results))
     # Above 8 bits a weight is not quantized: one colour is enough for all of that.
-    image = axes.imshow(np.minimum(table, 9), aspect="auto", cmap="viridis", vmin=2, vmax=9)
+    axes.imshow(np.minimum(table, 9), aspect="auto", cmap="viridis", vmin=2, vmax=9)
     for (row, column), bits in np.ndenumerate(table):
         if math.isfinite(bits):
             axes.text(
@@ -113,7 +112,6 @@ def layer_strip(comparison: Comparison) -> Figure:
     axes.set_yticks(range(len(comparison.results)), [r.name for r in comparison.results], fontsize=8.5)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
-    del image
     return figure
 
 
@@ -135,10 +133,7 @@ def kl_distribution(comparison: Comparison) -> Figure:
         axes.plot(np.maximum(kl[picked], 1e-7), 1 - picked / len(kl), color=color, label=result.name, linewidth=1.5)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("KL divergence of a token, nats")
-    axes.set_ylabel("share of tokens above")
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=8.5)
+    _label(axes, "KL divergence of a token, nats", "share of tokens above")
     return figure
 
 
@@ -165,6 +160,36 @@ def one_model(measured: Mapping[str, Any]) -> Figure:
     right.set_xlabel("KL divergence of a token, nats")
     right.set_ylabel("share of tokens above")
     return figure
+
+
+def size_kl_curve(spending: Spending) -> Figure:
+    """The size-KL curve of a budget: predicted at every point, measured at some, with the chosen point and rivals."""
+    figure, axes = _figure(7.6, 4.6)
+    predicted = [(p.weight_bytes / 1e6, max(p.predicted_kl, 1e-9)) for p in spending.curve]
+    name = "predicted" if spending.text else "relative error of weights"
+    axes.plot(*zip(*predicted, strict=True), color=_COLORS[0], linewidth=1.5, marker=".", label=name)
+    measured = [(p.weight_bytes / 1e6, p.measured_kl, p.measured_kl_se) for p in spending.curve if p.measured_kl]
+    if measured:
+        sizes, values, errors = zip(*measured, strict=True)
+        label = "measured on held-out text"
+        axes.errorbar(sizes, values, yerr=[2 * e for e in errors], fmt="s", color=_COLORS[1], capsize=2, label=label)
+    for check in spending.checks:
+        point = (check.weight_bytes / 1e6, max(check.kl_mean, 1e-9))
+        if check.chosen:
+            axes.plot(*point, marker="*", markersize=13, color=_COLORS[2], linestyle="", label="chosen, measured")
+        elif check.name.startswith(("uniform", "mixed")):
+            axes.plot(*point, marker="o", color=_GREY, linestyle="")
+            axes.annotate(check.name, point, xytext=(6, 5), textcoords="offset points", fontsize=8.5)
+    axes.set_yscale("log")
+    axes.set_xlabel("size of the weights, MB")
+    axes.set_ylabel("mean KL divergence from the original, nats" if spending.text else "sum of relative errors")
+    axes.legend(frameon=False, fontsize=8.5)
+    return figure
+
+
+def save_figure(figure: Figure, file: Path) -> None:
+    """Write a figure as SVG or PNG, by the file's suffix."""
+    file.write_bytes(as_png(figure) if file.suffix == ".png" else as_svg(figure).encode())
 
 
 def as_svg(figure: Figure) -> str:
@@ -198,6 +223,14 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]
     for axes in all_axes if columns > 1 else [all_axes]:
         _bare(axes)
     return figure, all_axes
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    """Name both axes, and what is drawn where anything has a name."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=8.5)
 
 
 def _bare(axes: Axes) -> None:

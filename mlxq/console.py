@@ -16,7 +16,7 @@ from rich.markup import escape
 from mlxq.errors import MlxqError
 
 # Read by CI logs and pipes as wide as the tables are laid out for; a terminal says its own width.
-PIPE_WIDTH = 100
+PIPE_WIDTH = 120
 
 
 def stdout() -> Console:
@@ -158,7 +158,7 @@ class _StageLines:
 
 
 @contextmanager
-def stages(*, quiet: bool = False) -> Iterator[StageMeter]:
+def stages(title: str, *, quiet: bool = False) -> Iterator[StageMeter]:
     """A bar with the current stage and its ETA on a terminal, a line per stage elsewhere, nothing where quiet."""
     if quiet:
         yield _SilentStages()
@@ -174,7 +174,7 @@ def stages(*, quiet: bool = False) -> Iterator[StageMeter]:
             TextColumn("[dim]{task.fields[left]}"),
         )
         with Progress(*columns, console=stderr(), transient=True) as bar:
-            task = bar.add_task("Comparing", total=None, left="")
+            task = bar.add_task(title, total=None, left="")
 
             class Bar:
                 def update(self, stage: str, done: int, total: int, eta_s: float | None) -> None:

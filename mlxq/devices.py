@@ -106,7 +106,7 @@ def this_machine() -> Device:
     import psutil
 
     memory = int(psutil.virtual_memory().total)
-    label = f"this machine ({platform.system()} {platform.machine()}, {memory / _GB:.0f} GB)"
+    label = f"this machine ({platform.system()} {platform.machine()})"
     return Device(
         "this machine", label, memory, float(_table()["gpu_share"]) if sys.platform == "darwin" else 1.0, None
     )

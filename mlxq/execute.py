@@ -1,9 +1,10 @@
 """Stream a plan to disk: read, encode and write by blocks of rows, several at a time.
 
-A tensor that maps straight through is cut into blocks of whole rows (affine and microscaling quantization are
-row-wise, so blocks give the same bits as the whole). A tensor that ``sanitize`` assembles is made in one piece, one
-at a time. Each worker reads, encodes and writes on an MLX stream of its own: arrays belong to the stream and thread
-that made them. Every byte has its place before work begins, so workers need no order among themselves.
+A tensor that maps straight through is cut into blocks of whole rows (every encoding here is row-wise, so blocks give
+the same bits as the whole) that workers read, encode and write. A tensor that ``sanitize`` assembles, or that is
+stored quantized, is brought into memory by one thread, one at a time, and the same workers encode its rows. Each
+thread has an MLX stream of its own: arrays belong to the stream and thread that made them, so rows pass between
+threads as numpy arrays. Every byte has its place before work begins, so workers need no order among themselves.
 """
 
 from __future__ import annotations
@@ -12,32 +13,54 @@ import os
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from mlxq.architecture import open_lazily
+from mlxq.arrays import as_bytes, as_matrix, to_mlx
+from mlxq.calibration.guided import guided_weights
 from mlxq.errors import MlxqError
+from mlxq.methods.encode import Guide, encode
+from mlxq.methods.gptq import Feedback
 from mlxq.plan import Plan, Step
 from mlxq.tensors import DTYPE_BITS, FLOAT_DTYPES, TensorSpec
 from mlxq.writer import PartialFolder
 
 if TYPE_CHECKING:
     import mlx.core as mx
+    import numpy.typing as npt
 
 # Source bytes a worker holds at a time: enough to keep disk and kernels busy, few enough to stay in reused memory.
 BLOCK_BYTES = 4 << 20
 # What MLX may keep of freed buffers while streaming.
 CACHE_BYTES = 64 << 20
+# How often an idle worker looks whether a tensor has been assembled or the run has ended.
+IDLE_S = 0.05
+
+
+@dataclass(frozen=True)
+class Held:
+    """A step's arrays in memory, each as a matrix of rows: a weight, and scales and biases where it is quantized.
+
+    ``dtypes`` are the arrays' own (numpy has no BF16); ``stored`` says how to read a quantized weight; ``guide`` is
+    what calibration says of it.
+    """
+
+    rows: Mapping[str, npt.NDArray[Any]]
+    dtypes: Mapping[str, str]
+    stored: Mapping[str, Any] | None
+    guide: Guide | None
 
 
 @dataclass(frozen=True)
 class Block:
-    """Rows ``start:stop`` of a step's weight; an assembled step is one block."""
+    """Rows ``start:stop`` of a step's weight, read from the source, or from memory where it is ``held``."""
 
     step: Step
     start: int
     stop: int
+    held: Held | None = None
 
 
 @dataclass(frozen=True)
@@ -59,13 +82,20 @@ def worker_count() -> int:
 
 
 def blocks_of(step: Step) -> list[Block]:
-    """Cut a step into blocks of whole rows of at most ``BLOCK_BYTES`` as stored."""
-    rows = step.spec.rows
-    if step.source is None or rows <= 1:
-        return [Block(step, 0, rows)]
-    row_bytes = max(1, step.spec.nbytes // rows)
-    per_block = max(1, BLOCK_BYTES // row_bytes)
-    return [Block(step, start, min(start + per_block, rows)) for start in range(0, rows, per_block)]
+    """Cut a step into blocks of whole rows of at most ``BLOCK_BYTES`` as numbers."""
+    rows = max(step.spec.rows, 1)
+    per_block = max(1, BLOCK_BYTES // max(1, step.spec.nbytes // rows))
+    if not step.guided:
+        return [Block(step, start, min(start + per_block, rows)) for start in range(0, rows, per_block)]
+    # Each expert of a stack has a guide of its own. A share of error feedback's work is the same for any count of
+    # rows, so blocks of few long rows would waste it.
+    per_block = max(per_block, step.spec.shape[-1] // 2)
+    whole = step.spec.shape[-2]
+    return [
+        Block(step, first + start, first + min(start + per_block, whole))
+        for first in range(0, rows, whole)
+        for start in range(0, whole, per_block)
+    ]
 
 
 def execute(plan: Plan, folder: PartialFolder, *, trust_remote_code: bool = False) -> Iterator[Progress]:
@@ -74,30 +104,23 @@ def execute(plan: Plan, folder: PartialFolder, *, trust_remote_code: bool = Fals
     Raises MlxqError where a source cannot be read or the disk is full; finished steps stay in the journal.
     """
     import mlx.core as mx
-    import mlx_lm.utils  # noqa: F401  (imported once here: workers must not race to import it)
+    import mlx_lm.utils  # noqa: F401  (imported once here: threads must not race to import it)
 
     todo = [step for step in plan.steps if step.path not in folder.found.done]
     total = plan.weight_bytes
     written = total - sum(spec.nbytes for step in todo for spec in step.outputs)
-    # Assembled steps first: they cannot be split, so they must not come last.
-    blocks = [b for step in sorted(todo, key=lambda s: s.source is not None) for b in blocks_of(step)]
-    remaining = Counter(block.step.path for block in blocks)
-    waiting: queue.SimpleQueue[Block] = queue.SimpleQueue()
-    for block in blocks:
-        waiting.put(block)
-    events: queue.SimpleQueue[tuple[Block, int] | BaseException | None] = queue.SimpleQueue()
-    stop = threading.Event()
-    assembling = threading.Lock()
-    worker = _Worker(plan, folder, waiting, events, stop, assembling, trust_remote_code)
+    remaining = Counter({step.path: len(blocks_of(step)) for step in todo})
+    work = _Work(plan, folder, todo, trust_remote_code=trust_remote_code)
     previous_cache = mx.set_cache_limit(CACHE_BYTES)
-    threads = [threading.Thread(target=worker.run, name=f"mlxq-{i}") for i in range(worker_count())]
+    threads = [threading.Thread(target=work.encode_all, name=f"mlxq-{i}") for i in range(worker_count())]
+    threads.append(threading.Thread(target=work.assemble_all, name="mlxq-assembler"))
     for thread in threads:
         thread.start()
     running = len(threads)
     try:
         yield Progress(written, total, None)
         while running:
-            event = events.get()
+            event = work.events.get()
             if event is None:
                 running -= 1
             elif isinstance(event, BaseException):
@@ -109,63 +132,112 @@ def execute(plan: Plan, folder: PartialFolder, *, trust_remote_code: bool = Fals
                 done = remaining[block.step.path] == 0
                 if done:
                     folder.finished(block.step.path)
+                    if block.held is not None:
+                        work.room.release()
                 yield Progress(written, total, block.step.path if done else None)
     finally:
-        stop.set()
+        work.stop.set()
+        work.room.release()
         for thread in threads:
             thread.join()
         mx.set_cache_limit(previous_cache)
 
 
-class _Worker:
-    """What every worker thread runs: take a block, encode it, write it, say so."""
+class _Work:
+    """What the threads share: the blocks to encode, where their bytes go, and the events they report."""
 
-    def __init__(
-        self,
-        plan: Plan,
-        folder: PartialFolder,
-        waiting: queue.SimpleQueue[Block],
-        events: queue.SimpleQueue[tuple[Block, int] | BaseException | None],
-        stop: threading.Event,
-        assembling: threading.Lock,
-        trust_remote_code: bool,
-    ) -> None:
+    def __init__(self, plan: Plan, folder: PartialFolder, todo: list[Step], *, trust_remote_code: bool) -> None:
         self.plan = plan
         self.folder = folder
-        self.waiting = waiting
-        self.events = events
-        self.stop = stop
-        self.assembling = assembling
         self.trust_remote_code = trust_remote_code
+        self.guided = [step for step in todo if step.guided]
+        self.to_assemble = [step for step in todo if step.source is None and not step.guided]
+        self.straight: queue.SimpleQueue[Block] = queue.SimpleQueue()
+        for step in todo:
+            if step.source is not None and not step.guided:
+                for block in blocks_of(step):
+                    self.straight.put(block)
+        self.assembled: queue.SimpleQueue[Block] = queue.SimpleQueue()
+        self.all_assembled = threading.Event()
+        self.room = threading.Semaphore(1)
+        self.events: queue.SimpleQueue[tuple[Block, int] | BaseException | None] = queue.SimpleQueue()
+        self.stop = threading.Event()
         self.places = {name: (shard.file, offset) for shard in plan.shards for name, offset in shard.offsets.items()}
 
-    def run(self) -> None:
+    def assemble_all(self) -> None:
+        """Bring the tensors that no file holds as they are into memory, each once there is room for it."""
         import mlx.core as mx
 
         try:
             with mx.stream(mx.new_stream(mx.default_device())):
-                assembler: _Assembler | None = None
-                while not self.stop.is_set():
-                    try:
-                        block = self.waiting.get_nowait()
-                    except queue.Empty:
-                        break
-                    if block.step.source is None:
-                        with self.assembling:
-                            if assembler is None:
-                                assembler = _Assembler(self.plan, trust_remote_code=self.trust_remote_code)
-                            nbytes = self._write_assembled(assembler.take(block.step), block.step)
-                    else:
-                        nbytes = self._write_block(block)
-                    self.events.put((block, nbytes))
+                for step, held in self._held_steps():
+                    for block in blocks_of(step):
+                        self.assembled.put(replace(block, held=held))
+                    del held
+            self.all_assembled.set()
             self.events.put(None)
         except BaseException as exc:
             self.events.put(_explained(exc))
 
-    def _write_block(self, block: Block) -> int:
+    def _held_steps(self) -> Iterator[tuple[Step, Held]]:
+        """Assembled steps, then those that calibration guides, each when the one before has been written."""
+        if self.to_assemble:
+            assembler = _Assembler(self.plan, self.to_assemble, trust_remote_code=self.trust_remote_code)
+            for step in self.to_assemble:
+                if not self._room():
+                    return
+                yield step, assembler.take(step)
+        if self.guided:
+            steps = {step.path: step for step in self.guided}
+            formats = {path: step.format for path, step in steps.items() if step.format}
+            for path, weight, guide in guided_weights(
+                self.plan, formats, {s.path: s.method for s in self.guided}, trust_remote_code=self.trust_remote_code
+            ):
+                if not self._room():
+                    return
+                yield steps[path], Held({"weight": as_matrix(weight)}, {"weight": "F32"}, None, guide)
+
+    def _room(self) -> bool:
+        """Wait until the tensor in memory is written; False where the run was stopped."""
+        self.room.acquire()
+        return not self.stop.is_set()
+
+    def encode_all(self) -> None:
+        """Take a block, encode it, write it, say so, until there are no more."""
+        import mlx.core as mx
+
+        try:
+            with mx.stream(mx.new_stream(mx.default_device())):
+                while not self.stop.is_set():
+                    block = self._next()
+                    if block is None:
+                        break
+                    self.events.put((block, self._write(block)))
+            self.events.put(None)
+        except BaseException as exc:
+            self.events.put(_explained(exc))
+
+    def _next(self) -> Block | None:
+        """A block of what is in memory, else of what is to be read; None when all is taken."""
+        while not self.stop.is_set():
+            ended = self.all_assembled.is_set()
+            for waiting in (self.assembled, self.straight):
+                try:
+                    return waiting.get_nowait()
+                except queue.Empty:
+                    continue
+            if ended:
+                return None
+            self.stop.wait(IDLE_S)
+        return None
+
+    def _write(self, block: Block) -> int:
+        """Encode and write a block; returns the bytes written."""
         import numpy as np
 
         step = block.step
+        if block.held is not None:
+            return self._encode(_held_rows(block.held, block), step, block.start, _guide_of(block))
         assert step.source is not None
         if step.repacked:
             parts = self.plan.source.read_repacked(step.source, block.start, block.stop)
@@ -180,31 +252,16 @@ class _Worker:
             return self._put(step.spec, np.ascontiguousarray(rows).data.cast("B"), block.start)
         return self._encode(to_mlx(rows, stored), step, block.start)
 
-    def _write_assembled(self, whole: mx.array, step: Step) -> int:
-        import mlx.core as mx
-
-        mx.eval(whole)
-        columns = step.spec.shape[-1] if step.spec.shape else 1
-        matrix = whole.reshape(-1, columns)
-        del whole
-        per_block = max(1, BLOCK_BYTES // max(1, columns * matrix.dtype.size))
-        written = 0
-        for start in range(0, matrix.shape[0], per_block):
-            if self.stop.is_set():
-                break
-            written += self._encode(matrix[start : start + per_block], step, start)
-        return written
-
-    def _encode(self, rows: mx.array, step: Step, start: int) -> int:
+    def _encode(self, rows: mx.array, step: Step, start: int, guide: Guide | None = None) -> int:
         """Cast ``rows`` (n, columns), quantize them where the step says so, write them from row ``start``."""
         import mlx.core as mx
 
         rows = rows.astype(getattr(mx, FLOAT_DTYPES[step.spec.dtype])) if step.spec.dtype in FLOAT_DTYPES else rows
         if step.format is None:
             return self._put(step.spec, as_bytes(rows), start)
-        parts = mx.quantize(rows, group_size=step.format.group_size, bits=step.format.bits, mode=step.format.mode)
-        mx.eval(*parts)
-        return sum(self._put(spec, as_bytes(part), start) for spec, part in zip(step.outputs, parts, strict=True))
+        parts = encode(rows, step.format, step.method, guide).arrays()
+        mx.eval(parts)
+        return sum(self._put(spec, as_bytes(parts[spec.name.rpartition(".")[2]]), start) for spec in step.outputs)
 
     def _put(self, spec: TensorSpec, data: memoryview, start_row: int) -> int:
         file, offset = self.places[spec.name]
@@ -216,62 +273,67 @@ class _Worker:
 class _Assembler:
     """Parameters that ``sanitize`` makes from several tensors, lazy until taken; each is let go once taken."""
 
-    def __init__(self, plan: Plan, *, trust_remote_code: bool) -> None:
+    def __init__(self, plan: Plan, steps: list[Step], *, trust_remote_code: bool) -> None:
         import mlx.nn as nn
         from mlx.utils import tree_flatten
 
         folder = plan.source.weights_folder
         assert folder is not None, "a plan assembles only from folders mlx_lm can open"
         model, _ = open_lazily(folder, plan.source.name, trust_remote_code=trust_remote_code)
-        wanted = {step.path: step for step in plan.steps if step.source is None}
+        wanted = {step.path: step for step in steps}
         leaves = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
-        self.arrays: dict[str, Any] = {}
+        self.arrays: dict[str, dict[str, mx.array]] = {}
+        self.stored: dict[str, dict[str, Any]] = {}
         for path, array in tree_flatten(model.parameters()):
-            step = wanted.get(path)
-            if step is not None:
-                self.arrays[path] = _numbers(leaves[path.rpartition(".")[0]], step) if step.dequantize else array
+            if path not in wanted:
+                continue
+            self.arrays[path] = {"weight": array}
+            if wanted[path].dequantize:
+                leaf = leaves[path.rpartition(".")[0]]
+                parts = ("scales", "biases", "global_scale")
+                self.arrays[path] |= {name: leaf[name] for name in parts if leaf.get(name) is not None}
+                self.stored[path] = {
+                    "group_size": leaf.group_size,
+                    "bits": leaf.bits,
+                    "mode": getattr(leaf, "mode", "affine"),
+                }
 
-    def take(self, step: Step) -> mx.array:
-        """Hand over a parameter, unevaluated."""
-        array: mx.array = self.arrays.pop(step.path)
-        return array
+    def take(self, step: Step) -> Held:
+        """Evaluate a parameter and hand it over."""
+        import mlx.core as mx
+
+        arrays = self.arrays.pop(step.path)
+        mx.eval(list(arrays.values()))
+        dtypes = {name: "BF16" if array.dtype == mx.bfloat16 else "" for name, array in arrays.items()}
+        rows = {name: as_matrix(arrays.pop(name)) for name in list(arrays)}
+        return Held(rows, dtypes, self.stored.get(step.path), None)
 
 
-def _numbers(module: Any, step: Step) -> mx.array:
-    """The weight a quantized module stands for, as numbers in the step's dtype."""
-    import mlx.core as mx
-
-    extra = {"global_scale": module["global_scale"]} if "global_scale" in module else {}
-    return mx.dequantize(
-        module["weight"],
-        scales=module["scales"],
-        biases=module.get("biases"),
-        group_size=module.group_size,
-        bits=module.bits,
-        mode=getattr(module, "mode", "affine"),
-        dtype=getattr(mx, FLOAT_DTYPES[step.spec.dtype]),
-        **extra,
+def _guide_of(block: Block) -> Guide | None:
+    """A block's guide: that of its expert where the step is a stack of them."""
+    guide = block.held.guide if block.held else None
+    if guide is None or len(block.step.spec.shape) < 3:
+        return guide
+    expert = block.start // block.step.spec.shape[-2]
+    return Guide(
+        None if guide.importance is None else guide.importance[expert],
+        None if guide.ahead is None else Feedback(guide.ahead.order[expert], guide.ahead.factor[expert]),
     )
 
 
-def to_mlx(rows: Any, dtype: str) -> mx.array:
-    """A numpy block as an MLX array of the stored dtype (BF16 comes as its 16 bits)."""
+def _held_rows(held: Held, block: Block) -> mx.array:
+    """A block's rows as numbers, in the step's dtype where they are stored quantized."""
     import mlx.core as mx
 
-    array = mx.array(rows)
-    return array.view(mx.bfloat16) if dtype == "BF16" else array
-
-
-def as_bytes(array: mx.array) -> memoryview:
-    """The bytes of an array, row-major, without a copy where it is contiguous already."""
-    import mlx.core as mx
-    import numpy as np
-
-    flat = mx.contiguous(array).reshape(-1)
-    if flat.dtype == mx.bfloat16:
-        flat = flat.view(mx.uint16)
-    mx.eval(flat)
-    return np.asarray(flat).data.cast("B")
+    parts: dict[str, Any] = {
+        name: to_mlx(array if array.ndim == 0 else array[block.start : block.stop], held.dtypes[name])
+        for name, array in held.rows.items()
+    }
+    if held.stored is None:
+        weight: mx.array = parts["weight"]
+        return weight
+    dtype = getattr(mx, FLOAT_DTYPES[block.step.spec.dtype])
+    return mx.dequantize(parts.pop("weight"), **parts, **held.stored, dtype=dtype)
 
 
 def _explained(exc: BaseException) -> BaseException:

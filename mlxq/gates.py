@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from mlxq.errors import BadInputError
 from mlxq.metrics.names import METRICS
+from mlxq.tensors import BYTE_UNITS
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
@@ -17,8 +18,6 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 _NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 _GATE = re.compile(rf"\s*(\w+)\s*(<=|>=|<|>)\s*({_NUMBER})\s*([A-Za-z]+|%)?\s*")
 
@@ -77,8 +76,8 @@ def _limit(number: float, unit: str | None, metric: str, text: str) -> float:
         return number
     if unit == "%" and not METRICS[metric].unit:
         return number / 100
-    if METRICS[metric].unit == "bytes" and unit.upper() in _UNITS:
-        return number * _UNITS[unit.upper()]
+    if METRICS[metric].unit == "bytes" and unit.upper() in BYTE_UNITS:
+        return number * BYTE_UNITS[unit.upper()]
     takes = {"bytes": "B, KB, MB, GB, TB or KiB, MiB, GiB, TiB", "": "% or none"}
     allowed = takes.get(METRICS[metric].unit, "none")
     raise BadInputError(f"gate {text!r}: unit {unit!r} does not fit {metric}", f"Units it takes: {allowed}.")

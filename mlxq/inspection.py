@@ -22,7 +22,8 @@ from mlxq.fit import (
     text_config,
 )
 from mlxq.match import layer_index
-from mlxq.methods.formats import MODES, Format
+from mlxq.methods.formats import MODES, TERNARY_PER_BYTE, TERNARY_SCALE, Format
+from mlxq.sources.safetensors import read_json
 from mlxq.tensors import DTYPE_BITS, FLOAT_DTYPES, TensorSpec
 
 if TYPE_CHECKING:
@@ -74,16 +75,17 @@ class InspectedModule:
 
     ``path`` is the MLX module path as far as names tell (experts stacked as ``switch_mlp``), or a parameter's
     own name where it is no weight. ``shape`` is logical: of numbers, not of packed words. ``dtype`` is the
-    stored one in safetensors spelling; ``format`` the MLX format it is already in; ``stored_bits`` per
-    number, without scales. ``quantizable`` is a guess from name and shape, ``castable`` whether it holds
-    floats; ``expert`` marks routed experts, ``kept`` is False for what ``mlx_lm`` leaves behind (vision
-    towers, MTP heads, tied copies).
+    stored one in safetensors spelling; ``format`` the MLX format it is already in; ``stored_as`` says either of
+    them, or the GGML type of a GGUF file, for people; ``stored_bits`` per number, without scales. ``quantizable``
+    is a guess from name and shape, ``castable`` whether it holds floats; ``expert`` marks routed experts, ``kept``
+    is False for what ``mlx_lm`` leaves behind (vision towers, MTP heads, tied copies).
     """
 
     path: str
     shape: tuple[int, ...]
     dtype: str
     format: Format | None
+    stored_as: str
     stored_bits: int
     parameters: int
     quantizable: bool
@@ -115,8 +117,8 @@ class TokenizerFacts:
 class Inspection:
     """Everything the headers tell. Parameter counts are of the language model, as MLX runs it.
 
-    ``dtypes`` maps stored dtypes to bytes. ``embedding`` is the path of the token embedding, ``tied_head``
-    the same where it also serves as the head. ``kv_cache_bytes`` is for ``context`` tokens.
+    ``dtypes`` maps stored dtypes (GGML types of a GGUF file) to bytes. ``embedding`` is the path of the token
+    embedding, ``tied_head`` the same where it also serves as the head. ``kv_cache_bytes`` is for ``context`` tokens.
     """
 
     name: str
@@ -170,8 +172,8 @@ def inspect_model(source: ModelSource, context: int) -> Inspection:
     total = sum(module.parameters for module in kept)
     routed = sum(module.parameters for module in kept if module.expert)
     dtypes: Counter[str] = Counter()
-    for spec in source.tensors.values():
-        dtypes[spec.dtype] += spec.nbytes
+    for stored, nbytes in _stored_types(source).values():
+        dtypes[stored] += nbytes
     model_type = str(config.get("model_type", "unknown"))
     return Inspection(
         name=source.name,
@@ -209,11 +211,12 @@ def inspect_model(source: ModelSource, context: int) -> Inspection:
 
 def _modules(source: ModelSource) -> tuple[InspectedModule, ...]:
     """Modules in reading order: embedding, layers by number, the rest."""
+    stored = {name: kind for name, (kind, _) in _stored_types(source).items()}
     parts: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in source.tensors.items():
         module, _, part = name.rpartition(".")
         parts.setdefault(module, {})[part] = spec
-    found = [row for module, specs in parts.items() for row in _rows(module, specs, source.config)]
+    found = [row for module, specs in parts.items() for row in _rows(module, specs, source.config, stored)]
     return tuple(sorted(_stacked(found), key=_reading_order))
 
 
@@ -222,7 +225,18 @@ def _reading_order(module: InspectedModule) -> tuple[int, list[tuple[int, str]]]
     return rank, [(int(part), "") if part.isdigit() else (-1, part) for part in module.path.split(".")]
 
 
-def _rows(module: str, specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Iterable[InspectedModule]:
+def _stored_types(source: ModelSource) -> dict[str, tuple[str, int]]:
+    """Tensor -> the type it is stored in, and its bytes there: GGML types of a GGUF file, else dtypes."""
+    from mlxq.sources.gguf import GGUFSource
+
+    if isinstance(source, GGUFSource):
+        return {name: (tensor.stored.ggml_type, tensor.stored.nbytes) for name, tensor in source.bound.items()}
+    return {name: (spec.dtype, spec.nbytes) for name, spec in source.tensors.items()}
+
+
+def _rows(
+    module: str, specs: Mapping[str, TensorSpec], config: Mapping[str, Any], stored: Mapping[str, str]
+) -> Iterable[InspectedModule]:
     """The weight of one checkpoint module, and its other parameters."""
     # bitsandbytes hangs its helpers under the weight's own name.
     if module.endswith(".weight") and not specs.keys() - _HELPERS - {
@@ -246,6 +260,7 @@ def _rows(module: str, specs: Mapping[str, TensorSpec], config: Mapping[str, Any
             shape=shape,
             dtype=spec.dtype,
             format=fmt,
+            stored_as=_stored_text(fmt, bits, spec, stored[spec.name]),
             stored_bits=bits,
             parameters=math.prod(shape),
             quantizable=floats
@@ -258,6 +273,12 @@ def _rows(module: str, specs: Mapping[str, TensorSpec], config: Mapping[str, Any
             expert=expert,
             kept=True,
         )
+
+
+def _stored_text(fmt: Format | None, bits: int, spec: TensorSpec, kind: str) -> str:
+    if fmt is None and bits != DTYPE_BITS[spec.dtype]:
+        return f"{bits} bits in {kind.lower()}"
+    return str(fmt or kind.lower())
 
 
 def _logical(
@@ -284,6 +305,8 @@ def _logical(
     if part.endswith("_blocks") and len(spec.shape) >= 2:
         # MXFP4: two numbers a byte, blocks on the last two axes.
         return (*spec.shape[:-2], spec.shape[-2] * spec.shape[-1] * 2), 4, None
+    if part == "weight" and spec.dtype == "U8" and TERNARY_SCALE in specs:
+        return (spec.shape[0] * TERNARY_PER_BYTE, *spec.shape[1:]), bits // TERNARY_PER_BYTE, None
     if part == "weight" and spec.dtype == "U8" and hf.get("quant_method") == "bitsandbytes":
         return (spec.size * 2,), 4, None
     return spec.shape, bits, None
@@ -333,6 +356,10 @@ def _left_behind(module: InspectedModule, layers: int, *, tied: bool) -> Inspect
 
 def _quantization(source: ModelSource) -> Quantization | None:
     mlx, hf = source.config.get("quantization"), source.config.get("quantization_config")
+    if hf is None and source.weights_folder is not None and (source.weights_folder / "hf_quant_config.json").is_file():
+        # NVIDIA ModelOpt says it in a file of its own.
+        settings = read_json(source.weights_folder / "hf_quant_config.json").get("quantization", {})
+        hf = {"quant_method": "modelopt", **(settings if isinstance(settings, Mapping) else {})}
     if source.kind == "gguf":
         return Quantization("gguf", "blocks of its own types")
     if isinstance(mlx, Mapping):
@@ -349,6 +376,7 @@ def _quantization(source: ModelSource) -> Quantization | None:
             "weight_block_size",
             "desc_act",
             "bnb_4bit_quant_type",
+            "quant_algo",
         )
         detail = ", ".join(f"{key} {hf[key]}" for key in wanted if hf.get(key) is not None)
         return Quantization(str(hf["quant_method"]), detail)

@@ -121,21 +121,20 @@ def assign(
     ``tied_head`` is the path of the embedding where the model has no ``lm_head`` of its own: the literal
     pattern ``lm_head``, and no glob or regular expression, then means that path.
     """
-    faults: list[str] = []
+    faults: list[list[str]] = []
     taken: list[frozenset[str]] = []
     for rule in rules:
         found, lines = _modules_of(rule, paths, layer_count, tied_head)
         taken.append(found)
-        if not rule.optional:
-            faults += lines
+        faults.append([] if rule.optional else lines)
     all_matching = {path: [i for i, found in enumerate(taken) if path in found] for path in paths}
     result = tuple(Match(path, hits[0] if hits else None, tuple(hits[1:])) for path, hits in all_matching.items())
     deciding = {match.rule for match in result}
     for index, found in enumerate(taken):
         if found and index not in deciding and not rules[index].inherited:
             firsts = sorted({all_matching[path][0] for path in found})
-            faults.append(_shadowed(rules[index], len(found), [rules[first] for first in firsts]))
-    return result, tuple(faults)
+            faults[index].append(_shadowed(rules[index], len(found), [rules[first] for first in firsts]))
+    return result, tuple(line for lines in faults for line in lines)
 
 
 def _modules_of(

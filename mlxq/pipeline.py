@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlxq.architecture import bind, open_lazily
+from mlxq.budget import Scoring, Spending, spend
+from mlxq.calibration.streamed import not_sequential
 from mlxq.card import source_metadata, write_card
-from mlxq.errors import BadInputError, MlxqError
+from mlxq.errors import BadInputError, MlxqError, RecipeError
 from mlxq.execute import Progress, execute
+from mlxq.methods.formats import Format
 from mlxq.metrics.size import measure_size
-from mlxq.plan import Plan, make_plan
-from mlxq.recipe import Recipe, recipe_from_dict
+from mlxq.plan import BY_BUDGET, Plan, make_plan
+from mlxq.recipe import Calibration, Recipe, load_recipe, recipe_from_dict
 from mlxq.report import build_report, source_facts, write_report
 from mlxq.runtime import peak_rss_bytes
 from mlxq.sources.resolve import resolve
@@ -62,10 +66,26 @@ class Finished:
     report: dict[str, Any]
 
 
-def prepare(recipe: Recipe, model: str, options: Options) -> Plan:
-    """Everything up to the plan, from headers only."""
+@dataclass(frozen=True)
+class Allocated:
+    """A plan whose budget is spent, and how."""
+
+    plan: Plan
+    spending: Spending
+
+
+def prepare(
+    recipe: Recipe, model: str, options: Options, *, allocated: Mapping[str, Format | None] | None = None
+) -> Plan:
+    """Everything up to the plan, from headers only; ``allocated`` are formats that a budget came to earlier."""
     source = resolve(model)
     architecture = bind(source, trust_remote_code=options.trust_remote_code)
+    remarks: tuple[str, ...] = ()
+    if recipe.method != "rtn" and recipe.calibration.has_text:
+        reason = not_sequential(source, architecture, trust_remote_code=options.trust_remote_code)
+        if reason is not None:
+            recipe = replace(recipe, calibration=Calibration(("none",)))
+            remarks = (f"calibration cannot follow this model ({reason}), so weights alone decide",)
     return make_plan(
         source,
         recipe,
@@ -73,7 +93,41 @@ def prepare(recipe: Recipe, model: str, options: Options) -> Plan:
         requantize=options.requantize,
         dequantize=options.dequantize,
         keep_quantization=options.keep_quantization,
+        allocated=allocated,
+        remarks=remarks,
     )
+
+
+def allocated_plan(draft: Plan, options: Options, *, measure_curve: bool = False) -> Iterator[Scoring | Allocated]:
+    """Spend the budget of ``draft``: progress, then the plan with every format chosen.
+
+    Raises BadInputError where the budget is too small.
+    """
+    for event in spend(
+        draft, _presets(draft), measure_curve=measure_curve, trust_remote_code=options.trust_remote_code
+    ):
+        if isinstance(event, Scoring):
+            yield event
+            continue
+        plan = make_plan(
+            draft.source,
+            draft.recipe,
+            draft.architecture,
+            requantize=options.requantize,
+            allocated=event.allocation.formats,
+            remarks=draft.remarks,
+        )
+        yield Allocated(replace(plan, spending=event.facts()), event)
+
+
+def _presets(draft: Plan) -> dict[str, dict[str, Format | None]]:
+    """The shipped mixed recipes on this model, as assignments that a budget has to beat."""
+    found = {}
+    for name in ("mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"):
+        with contextlib.suppress(RecipeError):  # made for models with down_proj and the like; others have none
+            plan = make_plan(draft.source, load_recipe(name), draft.architecture)
+            found[name] = {decision.path: decision.format for decision in plan.decisions}
+    return found
 
 
 def default_output(recipe: Recipe, model: str) -> Path:
@@ -139,7 +193,13 @@ def prepare_locked(report: dict[str, Any], model: str | None) -> tuple[Plan, Opt
     name = model or recorded["name"]
     if model is None and recorded["revision"] and recorded["base_model"]:
         name = f"{recorded['base_model']}@{recorded['revision']}"
-    plan = prepare(recipe_from_dict(report["recipe"]["resolved"], report["recipe"]["name"]), name, options)
+    allocated = {
+        module["path"]: Format(**module["format"]) if module["format"] else None
+        for module in report["modules"]
+        if module["decided_by"] == BY_BUDGET
+    }
+    recipe = recipe_from_dict(report["recipe"]["resolved"], report["recipe"]["name"])
+    plan = replace(prepare(recipe, name, options, allocated=allocated), spending=report.get("budget"))
     now = source_facts(plan.source)
     if now["headers_sha256"] != recorded["headers_sha256"]:
         raise BadInputError(

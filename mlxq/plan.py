@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from mlxq.architecture import Architecture, Module, Parameter, encode_header
 from mlxq.errors import BadInputError, RecipeError
 from mlxq.match import Match, assign, matches, names_module
-from mlxq.methods.formats import Format, fallback, layout
+from mlxq.methods.encode import method_for
+from mlxq.methods.formats import TERNARY_PER_BYTE, Format, fallback, layout
 from mlxq.recipe import Recipe, Rule
 from mlxq.sources.base import ModelSource
 from mlxq.tensors import DTYPE_BY_NAME, FLOAT_DTYPES, TensorSpec
@@ -20,10 +23,13 @@ from mlxq.tensors import DTYPE_BY_NAME, FLOAT_DTYPES, TensorSpec
 # mlx_lm starts a new shard where one would pass 5 GiB.
 SHARD_BYTES = 5 << 30
 
+# Who decided, for a module that no rule matched where the recipe has a budget.
+BY_BUDGET = "budget"
 # Who decided, for a module that the source holds quantized in a format MLX reads.
 KEPT_AS_STORED = "as stored in the source"
 
-_QUANTIZED_PARTS = ("weight", "scales", "biases")
+# What stands for one weight; nvfp4 may have a scale for the whole tensor beside those of its groups.
+_QUANTIZED_PARTS = ("weight", "scales", "biases", "global_scale")
 
 
 @dataclass(frozen=True)
@@ -32,7 +38,8 @@ class Decision:
 
     ``format`` None means it stays in ``dtype``. ``by`` says who decided: the default, a rule (with file and line),
     the model, or the source. ``also`` are the rules that matched too; ``asked`` what the model said of it;
-    ``note`` what had to be changed (a group size that does not divide the width, a tied head).
+    ``note`` what had to be changed (a group size that does not divide the width, a tied head); ``misfit`` whether
+    it was the width; ``method`` how its numbers are chosen (``rtn``, ``fit``, ``gptq``).
     """
 
     path: str
@@ -44,6 +51,8 @@ class Decision:
     also: tuple[str, ...]
     asked: str | None
     note: str | None
+    misfit: bool
+    method: str
     nbytes: int
 
 
@@ -53,7 +62,8 @@ class Step:
 
     ``source`` is the checkpoint tensor it is, or None where it must be assembled by ``mlx_lm``'s sanitize.
     ``dequantize`` says that the parameter is stored quantized and is read as numbers; ``repacked`` that its stored
-    blocks are carried over bit for bit into an MLX format that holds the same values.
+    blocks are carried over bit for bit into an MLX format that holds the same values. ``method`` is how its numbers
+    are chosen, ``guided`` that calibration text has a say in it.
     """
 
     path: str
@@ -63,6 +73,8 @@ class Step:
     dequantize: bool
     repacked: bool
     outputs: tuple[TensorSpec, ...]
+    method: str = "rtn"
+    guided: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,10 @@ class Plan:
     shards: tuple[Shard, ...]
     config: Mapping[str, Any]
     parameter_count: int
+    remarks: tuple[str, ...] = ()
+    """What a person should know of the whole plan."""
+    spending: Mapping[str, Any] | None = None
+    """How the budget was spent, as data; None without one."""
 
     @property
     def weight_bytes(self) -> int:
@@ -106,7 +122,7 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know before it runs, one line each."""
-        return tuple(f"{d.path}: {d.note}" for d in self.decisions if d.note)
+        return (*self.remarks, *(f"{d.path}: {d.note}" for d in self.decisions if d.note))
 
     def fingerprint(self) -> str:
         """SHA-256 over all that determines the bytes written: headers, sources, casts and formats."""
@@ -115,8 +131,14 @@ class Plan:
             digest.update(shard.file.encode() + shard.header)
         for step in self.steps:
             digest.update(
-                f"{step.path} {step.spec} {step.source} {step.format} {step.dequantize} {step.repacked}\n".encode()
+                f"{step.path} {step.spec} {step.source} {step.format} {step.dequantize} {step.repacked} "
+                f"{step.method} {step.guided}\n".encode()
             )
+        if any(step.guided for step in self.steps):
+            digest.update(f"{self.recipe.calibration}\n".encode())
+            for text in self.recipe.calibration.texts:
+                if (file := Path(text)).is_file():
+                    digest.update(file.read_bytes())
         for file in self.source.weight_files:
             stat = file.stat()
             digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -131,15 +153,18 @@ def make_plan(
     requantize: bool = False,
     dequantize: bool = False,
     keep_quantization: bool = False,
+    allocated: Mapping[str, Format | None] | None = None,
+    remarks: tuple[str, ...] = (),
 ) -> Plan:
     """Decide every module and lay out every byte.
 
     ``requantize`` reads modules that are stored quantized as numbers first; ``dequantize`` writes them so;
-    ``keep_quantization`` carries GGUF blocks over exactly where an MLX format holds them.
+    ``keep_quantization`` carries GGUF blocks over exactly where an MLX format holds them. ``allocated`` is what a
+    budget came to, by module path; a module it does not name stays unquantized.
     Raises RecipeError where a rule means nothing on this model, BadInputError where the source is already
     quantized by MLX and neither was asked for.
     """
-    quantizes = recipe.default is not None or bool(recipe.rules)
+    quantizes = recipe.default is not None or bool(recipe.rules) or recipe.budget is not None
     if source.config.get("quantization") is not None and quantizes and not requantize:
         raise BadInputError(
             f"{source.name} is already quantized for MLX",
@@ -147,6 +172,12 @@ def make_plan(
             "and mlxq convert --dequantize writes it as plain numbers.",
         )
     open_up = requantize or dequantize
+    foreign = architecture.config.get("quantization_config")
+    if foreign is not None and (quantizes or open_up):
+        raise BadInputError(
+            f"{source.name} is quantized as {foreign['quant_method']!r}, which only stays as it is",
+            "mlxq convert carries it over; to quantize, start from the model it was made of.",
+        )
     # Repacked blocks keep their F16 scales; a second float type beside them would make every sum a float32.
     dtype = recipe.dtype or ("float16" if keep_quantization else architecture.declared_dtype)
     dtypes = {p.spec.name: _written_dtype(p, dtype) for p in architecture.parameters}
@@ -157,7 +188,7 @@ def make_plan(
     if faults:
         raise RecipeError(faults, "mlxq inspect MODEL --layers lists every module path.")
     decisions = {
-        module.path: _decide(module, match, recipe, architecture, dtypes, open_up=open_up)
+        module.path: _decide(module, match, recipe, architecture, dtypes, allocated or {}, open_up=open_up)
         for module, match in zip(modules, found, strict=True)
     }
     if keep_quantization:
@@ -167,12 +198,12 @@ def make_plan(
                 f"{source.name} has no blocks that an MLX format holds exactly",
                 "Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 of GGUF files do; leave --keep-quantization out, or quantize.",
             )
-    if recipe.strict and (unfit := [d for d in decisions.values() if d.note and "width" in d.note]):
+    if recipe.strict and (unfit := [d for d in decisions.values() if d.misfit]):
         raise RecipeError(
             tuple(f"{d.path}: {d.note}" for d in unfit),
             "strict: true forbids this; give these modules a rule of their own.",
         )
-    steps = _steps(architecture, decisions, dtypes, open_up=open_up, repack=keep_quantization)
+    steps = _steps(architecture, recipe, decisions, dtypes, open_up=open_up, repack=keep_quantization)
     if source.weights_folder is None and (unmapped := [s.path for s in steps if s.source is None]):
         raise BadInputError(
             f"{source.name}: {unmapped[0]} cannot be read straight from a {source.kind} file",
@@ -195,6 +226,7 @@ def make_plan(
         shards=_shards(steps),
         config=_config(architecture, recipe, final),
         parameter_count=_parameter_count(architecture),
+        remarks=remarks,
     )
 
 
@@ -211,6 +243,7 @@ def _decide(
     recipe: Recipe,
     architecture: Architecture,
     dtypes: Mapping[str, str],
+    allocated: Mapping[str, Format | None],
     *,
     open_up: bool,
 ) -> Decision:
@@ -218,6 +251,8 @@ def _decide(
     rule = recipe.rules[match.rule] if match.rule is not None else None
     wanted = rule.format if rule else recipe.default
     by = rule.where if rule else "default"
+    if rule is None and recipe.budget is not None:
+        wanted, by = allocated.get(module.path), BY_BUDGET
     weight_dtype = dtypes[f"{module.path}.weight"]
     if module.stored:
         scales_dtype = dtypes[f"{module.path}.scales"]
@@ -235,9 +270,11 @@ def _decide(
             wanted, by = None, "the model asks for it"
         elif isinstance(module.asked, Format) and wanted.bits <= module.asked.bits:
             wanted, by = module.asked, "the model asks for it"
+    misfit = False
     if wanted is not None and wanted != module.stored:
         columns = module.shape[-1]
         fitting = fallback(columns, wanted)
+        misfit = fitting != wanted
         if fitting is None:
             kept = FLOAT_DTYPES[weight_dtype]
             note = f"its width {columns} is no multiple of any group size of {wanted.mode}; kept in {kept}"
@@ -254,6 +291,13 @@ def _decide(
         also=tuple(recipe.rules[i].where for i in match.also),
         asked=asked,
         note=note,
+        misfit=misfit,
+        method=method_for(
+            "rtn" if wanted == module.stored else recipe.method,
+            wanted,
+            has_text=recipe.calibration.has_text,
+            has_inputs="Embedding" not in module.kind,
+        ),
         nbytes=0,
     )
 
@@ -263,8 +307,8 @@ def _repacked(decision: Decision, source: ModelSource, architecture: Architectur
     parameter = next(p for p in architecture.parameters if p.spec.name == f"{decision.path}.weight")
     held = source.repack_format(parameter.source) if parameter.source else None
     if held is None or not decision.quantizable:
-        return replace(decision, format=None, by="stored as numbers")
-    return replace(decision, format=held, dtype="F16", by="same blocks as the source")
+        return replace(decision, format=None, by="stored as numbers", method="rtn")
+    return replace(decision, format=held, dtype="F16", by="same blocks as the source", method="rtn")
 
 
 def _names_embedding(rule: Rule, path: str) -> bool:
@@ -279,6 +323,7 @@ def _named_by(rule: Rule, path: str, architecture: Architecture) -> bool:
 
 def _steps(
     architecture: Architecture,
+    recipe: Recipe,
     decisions: Mapping[str, Decision],
     dtypes: Mapping[str, str],
     *,
@@ -286,6 +331,8 @@ def _steps(
     repack: bool,
 ) -> tuple[Step, ...]:
     stored = {m.path for m in architecture.modules if m.stored}
+    # Modules that only look rows up have no inputs for calibration to describe.
+    lookups = {m.path for m in architecture.modules if "Embedding" in m.kind}
     steps = []
     for parameter in architecture.parameters:
         name = parameter.spec.name
@@ -297,13 +344,16 @@ def _steps(
             assert decision is not None
             spec = TensorSpec(name, decision.dtype, decision.shape)
             outputs = layout(spec, decision.format) if decision.format else (spec,)
-            steps.append(Step(name, spec, None, decision.format, True, False, outputs))
+            steps.append(Step(name, spec, None, decision.format, True, False, outputs, decision.method))
             continue
         numbers = decision if part == "weight" and module not in stored else None
         spec = replace(parameter.spec, dtype=numbers.dtype if numbers else dtypes[name])
         encode = numbers.format if numbers else None
         outputs = layout(spec, encode) if encode else (spec,)
-        steps.append(Step(name, spec, parameter.source, encode, False, repack and encode is not None, outputs))
+        method = numbers.method if numbers else "rtn"
+        guided = method != "rtn" and recipe.calibration.has_text and module not in lookups
+        repacked = repack and encode is not None
+        steps.append(Step(name, spec, parameter.source, encode, False, repacked, outputs, method, guided))
     return tuple(steps)
 
 
@@ -343,12 +393,17 @@ def _config(architecture: Architecture, recipe: Recipe, decisions: tuple[Decisio
         return config
     default = recipe.default if recipe.default in formats else formats.most_common(1)[0][0]
     assert default is not None
+    kept = {d.path: d.format for d in decisions if d.by == KEPT_AS_STORED and d.format}
     quantization: dict[str, Any] = dict(default.as_config())
     for decision in decisions:
         if decision.format is None:
             quantization[decision.path] = False
         elif decision.format != default:
             quantization[decision.path] = decision.format.as_config()
+    for parameter in architecture.parameters:
+        module, _, part = parameter.spec.name.rpartition(".")
+        if part == "global_scale" and module in kept:
+            quantization[module] = {**kept[module].as_config(), "global_scale": True}
     config["quantization"] = quantization
     config["quantization_config"] = quantization
     return dict(sorted(config.items()))
@@ -357,15 +412,14 @@ def _config(architecture: Architecture, recipe: Recipe, decisions: tuple[Decisio
 def _parameter_count(architecture: Architecture) -> int:
     """Logical parameters: a quantized weight counts its numbers, not its words, and its scales not at all."""
     stored = {m.path: m for m in architecture.modules if m.stored}
+    ternary = {m.path for m in architecture.modules if m.kind == "BitLinear"}
     count = 0
     for parameter in architecture.parameters:
         module, _, part = parameter.spec.name.rpartition(".")
         if module in stored and part in _QUANTIZED_PARTS:
-            if part == "weight":
-                size = 1
-                for n in stored[module].shape:
-                    size *= n
-                count += size
+            count += math.prod(stored[module].shape) if part == "weight" else 0
+        elif module in ternary:
+            count += parameter.spec.size * TERNARY_PER_BYTE if part == "weight" else 0
         else:
             count += parameter.spec.size
     return count

@@ -9,18 +9,27 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic import BaseModel, ValidationError
 
 from mlxq.errors import RecipeError
 from mlxq.gates import gate_fault
 from mlxq.match import pattern_fault, slice_fault
-from mlxq.methods.formats import MODES, Format, fault_of
+from mlxq.methods.formats import METHODS, MODES, Format, fault_of
+from mlxq.recipe_schema import (
+    BudgetModel,
+    CalibrationModel,
+    FitsModel,
+    FormatModel,
+    RecipeModel,
+    RuleModel,
+    UploadModel,
+)
 from mlxq.recipe_yaml import Document, KeyPath, heading, parse_value, read_document
 from mlxq.target import Target, target_faults
-from mlxq.tensors import DTYPE_BY_NAME
+from mlxq.tensors import DTYPE_BY_NAME, parse_size
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,53 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What the weights may take: bytes of the weight files, bits per weight, or what a device has room for."""
+
+    size_bytes: int | None
+    bpw: float | None
+    device: str | None
+    context: int
+
+    def __str__(self) -> str:
+        if self.size_bytes is not None:
+            return f"{self.size_bytes / 1e6:,.1f} MB"
+        return f"{self.bpw:g} bits per weight" if self.bpw else f"{self.device} with {self.context:,} tokens of context"
+
+    def resolved(self) -> dict[str, Any]:
+        """As a recipe writes it."""
+        if self.size_bytes is not None:
+            return {"size": f"{self.size_bytes}B"}
+        return {"bpw": self.bpw} if self.bpw else {"fits": {"device": self.device, "context": self.context}}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The text behind statistics and sensitivities: ``texts`` are files, or one of builtin, self, none."""
+
+    texts: tuple[str, ...] = ("builtin",)
+    tokens: int = 16384
+
+    @property
+    def has_text(self) -> bool:
+        """Whether there is any: ``none`` means weights alone."""
+        return self.texts != ("none",)
+
+
+# What a budget chooses from where the recipe does not say.
+DEFAULT_OPTIONS = (
+    Format(2, 64),
+    Format(3, 64),
+    Format(3, 32),
+    Format(4, 64),
+    Format(4, 32),
+    Format(5, 64),
+    Format(6, 64),
+    Format(8, 64),
+)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A recipe after ``extends`` and ``--set``, checked as far as it can be without a model."""
 
@@ -54,6 +110,13 @@ class Recipe:
     default: Format | None
     """None quantizes nothing that no rule mentions."""
     rules: tuple[Rule, ...]
+    budget: Budget | None
+    """What the modules that no rule matches may take; None where ``default`` decides."""
+    options: tuple[Format, ...]
+    """What a budget chooses from."""
+    method: str
+    """``rtn``, ``fit``, ``gptq`` or ``auto``."""
+    calibration: Calibration
     strict: bool
     """A width that no group size divides is an error, not a reason to fall back."""
     gates: tuple[str, ...]
@@ -73,6 +136,12 @@ class Recipe:
             "dtype": self.dtype,
             "default": None if self.default is None else self.default.as_config(),
             "rules": [_resolved_rule(rule) for rule in self.rules],
+            "budget": self.budget.resolved() if self.budget else None,
+            "options": [fmt.as_config() for fmt in self.options] if self.budget else None,
+            "method": self.method,
+            "calibration": {"text": list(self.calibration.texts), "tokens": self.calibration.tokens}
+            if self.method != "rtn"
+            else None,
             "strict": self.strict,
             "gates": list(self.gates),
         }
@@ -113,6 +182,28 @@ def recipe_from_dict(data: Mapping[str, Any], name: str) -> Recipe:
     return replace(recipe, text=text)
 
 
+def budget_recipe(budget: Mapping[str, Any], sets: Sequence[str] = ()) -> Recipe:
+    """The recipe of a budget alone, such as ``{"bpw": 4.25}``, with ``sets`` applied; named after the budget.
+
+    Raises RecipeError with every fault at once.
+    """
+    faults: list[_Fault] = []
+    name = str(budget["size"]) if "size" in budget else f"{budget['bpw']:g}bpw"
+    data: dict[str, Any] = {"budget": dict(budget)}
+    draft = _Draft(data, _origins_of(data, name), own_rules=0)
+    for text in sets:
+        _set(draft, text, faults)
+    return replace(_build(draft, name, faults), text=yaml.safe_dump(draft.data, sort_keys=False))
+
+
+def names_recipe(text: str) -> bool:
+    """Does an argument name a recipe? A YAML file, or a shipped recipe's name where no such path exists."""
+    path = Path(text)
+    if path.suffix in (".yaml", ".yml"):
+        return True
+    return not path.exists() and (_shipped_folder() / f"{text}.yaml").is_file()
+
+
 def shipped_recipes() -> tuple[Recipe, ...]:
     """The recipes that come with mlxq, by name."""
     return tuple(load_recipe(path.stem) for path in sorted(_shipped_folder().glob("*.yaml")))
@@ -120,143 +211,8 @@ def shipped_recipes() -> tuple[Recipe, ...]:
 
 def json_schema() -> dict[str, Any]:
     """JSON Schema (draft 2020-12) of a recipe file, for editors."""
-    schema = _RecipeModel.model_json_schema()
+    schema = RecipeModel.model_json_schema()
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-# The schema. Descriptions are what an editor shows.
-
-
-def _as_list(value: object) -> object:
-    return value if isinstance(value, list) else [value]
-
-
-def _as_slices(value: object) -> object:
-    # A bare 3 in YAML is a number; as a slice it is text.
-    listed = value if isinstance(value, list) else [value]
-    return [str(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in listed]
-
-
-def _one_or_more(*types: str) -> dict[str, Any]:
-    item: dict[str, Any] = {"type": list(types)} if len(types) > 1 else {"type": types[0]}
-    return {"anyOf": [item, {"type": "array", "items": item, "minItems": 1}]}
-
-
-_ALL_BITS = sorted({bits for all_bits, _ in MODES.values() for bits in all_bits})
-_ALL_GROUPS = sorted({group for _, groups in MODES.values() for group in groups})
-
-_Bits = Annotated[int, Field(description="Bits per weight.", json_schema_extra={"enum": list(_ALL_BITS)})]
-_GroupSize = Annotated[
-    int,
-    Field(description="Weights of a row that share one scale.", json_schema_extra={"enum": list(_ALL_GROUPS)}),
-]
-_Mode = Annotated[
-    str,
-    Field(description="How weights are encoded; affine unless said.", json_schema_extra={"enum": [*MODES]}),
-]
-_OneOrMorePatterns = Annotated[
-    list[str], Field(min_length=1), BeforeValidator(_as_list), WithJsonSchema(_one_or_more("string"))
-]
-_OneOrMoreSlices = Annotated[
-    list[str],
-    Field(min_length=1),
-    BeforeValidator(_as_slices),
-    WithJsonSchema(_one_or_more("string", "integer")),
-]
-
-
-def _without_null(schema: dict[str, Any]) -> None:
-    """Leave optional keys out of a recipe or give them a value: null is a fault, so say so to editors."""
-    for prop in schema.get("properties", {}).values():
-        prop.pop("default", None)
-        prop.pop("title", None)
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_without_null)
-
-
-class _FormatModel(_Model):
-    """How weights are stored. Bits and group size default to the mode's own (affine: 4 and 64)."""
-
-    model_config = ConfigDict(title="Format")
-
-    bits: _Bits = 4
-    group_size: _GroupSize = 64
-    mode: _Mode = "affine"
-
-
-def _rule_schema(schema: dict[str, Any]) -> None:
-    _without_null(schema)
-    schema["anyOf"] = [{"required": [key]} for key in ("bits", "group_size", "mode", "keep")]
-
-
-class _RuleModel(_Model):
-    """What happens to the modules it matches. The first rule that matches a module decides."""
-
-    model_config = ConfigDict(title="Rule", json_schema_extra=_rule_schema)
-
-    match: _OneOrMorePatterns = Field(
-        description="Module path or its last components (v_proj, mlp.down_proj), a glob over the whole path "
-        "(*.mlp.gate), or re: and a full-match regular expression."
-    )
-    layers: _OneOrMoreSlices = Field(
-        default=[],
-        description="Only in these layers: Python slices over the layer index or single indices; a bound may "
-        "be arithmetic over n, the number of layers (n//8+2::3).",
-    )
-    bits: _Bits = 4
-    group_size: _GroupSize = 64
-    mode: _Mode = "affine"
-    keep: bool = Field(default=False, description="Do not quantize: stay in dtype.")
-    optional: bool = Field(default=False, description="Matching nothing is no fault.")
-
-
-class _UploadModel(_Model):
-    """Where the result is published, once its gates have passed."""
-
-    model_config = ConfigDict(title="Upload")
-
-    repo: str = Field(description="org/name on the Hub; created where there is none.")
-    private: bool = Field(default=False, description="Create it so that only its owners see it.")
-    revision: str = Field(default="", min_length=1, description="Branch to put it on; made where there is none.")
-    create_pr: bool = Field(default=False, description="Open a pull request instead.")
-    collection: str = Field(default="", min_length=1, description="Add it to this collection.")
-    message: str = Field(default="", min_length=1, description="Message of the commit.")
-
-
-class _RecipeModel(_Model):
-    """How mlxq stores each part of a model."""
-
-    model_config = ConfigDict(title="mlxq recipe")
-
-    extends: str = Field(
-        default="", min_length=1, description="A shipped recipe's name, or a file relative to this one."
-    )
-    model: str = Field(
-        default="",
-        min_length=1,
-        description="Folder, Hub id with an optional @revision, .gguf file, or sample.",
-    )
-    output: str = Field(default="", min_length=1, description="Folder to write.")
-    dtype: str = Field(
-        default="",
-        description="Of what is not quantized; the source's unless said.",
-        json_schema_extra={"enum": list(DTYPE_BY_NAME)},
-    )
-    default: _FormatModel = Field(
-        default=_FormatModel(),
-        description="Of every module no rule matches. Left out: those are not quantized.",
-    )
-    rules: list[_RuleModel] = Field(default=[], description="First match wins.")
-    strict: bool = Field(default=False, description="Fail where no group size divides a width, rather than fall back.")
-    gates: list[str] = Field(
-        default=[],
-        description="What the result must measure against the original, such as kl_mean<0.05; else exit code 3.",
-    )
-    upload: _UploadModel = Field(
-        default=_UploadModel(repo=""), description="Publish the result, once its gates have passed."
-    )
 
 
 # Where a value came from, so that each fault can say so.
@@ -481,6 +437,14 @@ def _build(draft: _Draft, name: str, faults: list[_Fault]) -> Recipe:
     listed = data.get("rules")
     raw_rules = listed if isinstance(listed, list) else []
     rules = [_rule(draft, index, raw, default, faults) for index, raw in enumerate(raw_rules) if isinstance(raw, dict)]
+    budget = _budget(draft, faults)
+    method = _method(draft, faults)
+    options = [
+        _format(draft, ("options", index), {"bits": raw} if _is_whole(raw) else raw, None, faults)
+        for index, raw in enumerate(_listed(data.get("options")))
+        if _is_whole(raw) or isinstance(raw, dict)
+    ]
+    calibration = _calibration(draft, method, faults)
     gates = [text for text in _listed(data.get("gates")) if isinstance(text, str)]
     for index, text in enumerate(gates):
         if fault := gate_fault(text):
@@ -496,6 +460,10 @@ def _build(draft: _Draft, name: str, faults: list[_Fault]) -> Recipe:
         dtype=data.get("dtype"),
         default=default,
         rules=tuple(rule for rule in rules if rule is not None),
+        budget=budget,
+        options=tuple(dict.fromkeys(fmt for fmt in options if fmt)) or DEFAULT_OPTIONS,
+        method=method,
+        calibration=calibration,
         strict=data.get("strict", False),
         gates=tuple(gates),
         upload=upload,
@@ -504,14 +472,73 @@ def _build(draft: _Draft, name: str, faults: list[_Fault]) -> Recipe:
     )
 
 
+def _budget(draft: _Draft, faults: list[_Fault]) -> Budget | None:
+    """The budget, or None with its faults added."""
+    raw = draft.data.get("budget")
+    if not isinstance(raw, dict):
+        if "options" in draft.data:
+            faults.append(_Fault(draft.origin(("options",)), "is what a budget chooses from; add a budget"))
+        return None
+    if "default" in draft.data:
+        message = "the budget decides what default would; delete one (rules still come first)"
+        faults.append(_Fault(draft.origin(("default",)), message))
+    given = [key for key in BudgetModel.model_fields if key in raw]
+    if len(given) != 1:
+        faults.append(_Fault(draft.origin(("budget",)), f"needs one of size, bpw and fits, not {len(given)}"))
+        return None
+    size_bytes = None
+    if isinstance(raw.get("size"), str):
+        size_bytes = parse_size(raw["size"])
+        if size_bytes is None:
+            message = f"cannot read the size {raw['size']!r}; write it as 2.2GB, 900MB or 2GiB"
+            faults.append(_Fault(draft.origin(("budget", "size")), message))
+    fits = raw.get("fits") if isinstance(raw.get("fits"), dict) else {}
+    assert fits is not None
+    bpw = raw.get("bpw")
+    return Budget(
+        size_bytes=size_bytes,
+        bpw=float(bpw) if isinstance(bpw, (int, float)) else None,
+        device=fits.get("device"),
+        context=fits.get("context", FitsModel.model_fields["context"].default),
+    )
+
+
+def _method(draft: _Draft, faults: list[_Fault]) -> str:
+    method = draft.data.get("method")
+    if isinstance(method, str) and method not in METHODS:
+        message = f"unknown method {method!r}; known are {', '.join(METHODS)}{_suggest(method, METHODS)}"
+        faults.append(_Fault(draft.origin(("method",)), message))
+    if isinstance(method, str):
+        return method
+    return "auto" if "budget" in draft.data else "rtn"
+
+
+def _calibration(draft: _Draft, method: str, faults: list[_Fault]) -> Calibration:
+    raw = draft.data.get("calibration")
+    if not isinstance(raw, dict):
+        return Calibration()
+    origin = draft.origin(("calibration",))
+    if method == "rtn" and "budget" not in draft.data:
+        faults.append(_Fault(origin, "nothing uses it: add a budget, or method: fit or gptq"))
+    texts = tuple(text for text in _listed(raw.get("text", "builtin")) if isinstance(text, str))
+    alone = {"builtin", "self", "none"} & set(texts)
+    if len(texts) > 1 and alone:
+        faults.append(_Fault(draft.origin(("calibration", "text")), f"{alone.pop()} does not mix with other texts"))
+    if texts == ("none",) and method == "gptq":
+        message = "gptq feeds errors back along the inputs, so it needs text; fit works without"
+        faults.append(_Fault(draft.origin(("calibration", "text")), message))
+    tokens = raw.get("tokens", CalibrationModel.model_fields["tokens"].default)
+    return Calibration(texts, tokens if _is_whole(tokens) else 0)
+
+
 def _upload(draft: _Draft, faults: list[_Fault]) -> Target | None:
     """Where to publish, or None. Values of the wrong type are the schema's to report."""
     raw = draft.data.get("upload")
     if not isinstance(raw, dict):
         return None
-    known = {key: value for key, value in raw.items() if key in _UploadModel.model_fields}
+    known = {key: value for key, value in raw.items() if key in UploadModel.model_fields}
     try:
-        target = Target(**_UploadModel.model_validate(known).model_dump(exclude_unset=True))
+        target = Target(**UploadModel.model_validate(known).model_dump(exclude_unset=True))
     except ValidationError:
         return None
     found = list(target_faults(target))
@@ -582,7 +609,7 @@ def _format(
 
 def _schema_faults(draft: _Draft) -> list[_Fault]:
     try:
-        _RecipeModel.model_validate(draft.data)
+        RecipeModel.model_validate(draft.data)
     except ValidationError as errors:
         return [
             _Fault(draft.origin(error["loc"]), _schema_message(error["type"], error["loc"], error))
@@ -594,6 +621,7 @@ def _schema_faults(draft: _Draft) -> list[_Fault]:
 _MUST_BE = {
     "string_type": "text",
     "int_type": "a whole number",
+    "float_type": "a number",
     "bool_type": "true or false",
     "list_type": "a list",
     "model_type": "a mapping of keys to values",
@@ -621,8 +649,16 @@ def _schema_message(kind: str, loc: KeyPath, error: Mapping[str, Any]) -> str:
 
 
 def _known_keys(loc: KeyPath) -> list[str]:
-    models: dict[KeyPath, type[BaseModel]] = {(): _RecipeModel, ("default",): _FormatModel, ("upload",): _UploadModel}
-    return list(models.get(loc[:-1], _RuleModel).model_fields)
+    models: dict[KeyPath, type[BaseModel]] = {
+        (): RecipeModel,
+        ("default",): FormatModel,
+        ("budget",): BudgetModel,
+        ("budget", "fits"): FitsModel,
+        ("calibration",): CalibrationModel,
+        ("upload",): UploadModel,
+    }
+    inside = FormatModel if loc[:1] == ("options",) else RuleModel
+    return list(models.get(loc[:-1], inside).model_fields)
 
 
 def _suggest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:

@@ -48,6 +48,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "modules": [_module(decision) for decision in plan.decisions],
         "notes": list(plan.notes),
+        "budget": plan.spending,
     }
 
 
@@ -61,6 +62,7 @@ def _module(decision: Decision) -> dict[str, Any]:
         "also_matched": list(decision.also),
         "model_asks": decision.asked,
         "note": decision.note,
+        "method": decision.method,
         "nbytes": decision.nbytes,
     }
 
@@ -84,6 +86,7 @@ def build_report(
         "options": dict(options),
         "modules": facts["modules"],
         "notes": facts["notes"],
+        "budget": facts["budget"],
         "metrics": {
             "size_bytes": size.size_bytes,
             "weight_bytes": size.weight_bytes,
@@ -101,7 +104,7 @@ def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of a finished folder but ``mlxq.json`` itself and the work files."""
     from concurrent.futures import ThreadPoolExecutor
 
-    skipped = {FILE_NAME, "journal.jsonl", "lock"}
+    skipped = {FILE_NAME, FILE_NAME + ".new", "journal.jsonl", "lock"}
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.name not in skipped)
     with ThreadPoolExecutor(2) as pool:
         digests = pool.map(sha256_file, files)

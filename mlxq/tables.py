@@ -1,4 +1,4 @@
-"""Every table a person sees, drawn from frozen data. 100 columns are enough for all of them."""
+"""Every table a person sees, drawn from frozen data. 120 columns are enough for all of them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def count_text(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _table(*headers: str, title: str | None = None, right: Sequence[str] = ()) -> Table:
+def plain_table(*headers: str, title: str | None = None, right: Sequence[str] = ()) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for header in headers:
         table.add_column(header, justify="right" if header in right else "left", overflow="fold")
@@ -62,7 +62,7 @@ def _table(*headers: str, title: str | None = None, right: Sequence[str] = ()) -
 
 def plan_table(plan: Plan) -> Table:
     """The whole plan, folded by layer: every module's shape, format, who decided, and its bytes."""
-    table = _table(
+    table = plain_table(
         "module",
         "shape",
         "format",
@@ -101,7 +101,7 @@ def plan_summary(plan: Plan) -> list[str]:
 def plan_notes(plan: Plan) -> list[str]:
     """What a person should know before the plan runs: deviations, folded by layer, and formats the source imposes."""
     notes = [(d.path, d.note) for d in plan.decisions if d.note]
-    lines = [f"{folded.path}: {folded.attributes}" for folded in fold(notes)]
+    lines = [*plan.remarks, *(f"{folded.path}: {folded.attributes}" for folded in fold(notes))]
     kept = Counter(str(d.format) for d in plan.decisions if d.by == KEPT_AS_STORED)
     if kept and (plan.recipe.default or plan.recipe.rules):
         formats = ", ".join(f"{count} in {fmt}" for fmt, count in kept.items())
@@ -120,11 +120,17 @@ def why_table(plan: Plan, pattern: str) -> Table:
         raise BadInputError(
             f"--why {pattern}: no module of {plan.source.name} matches", "mlxq inspect MODEL lists them."
         )
-    table = _table("module", "format", "decided by", "rules that matched too", "the model asks for", "note")
     rows = [(d.path, (str(d.format or FLOAT_DTYPES[d.dtype]), d.by, d.also, d.asked, d.note)) for d in chosen]
+    lines = []
     for folded in fold(rows):
         fmt, by, also, asked, note = folded.attributes
-        table.add_row(escape(folded.path), fmt, escape(by), escape(", ".join(also) or "-"), asked or "-", note or "-")
+        lines.append((folded.path, fmt, by, ", ".join(also), asked or "", note or ""))
+    headers = ("module", "format", "decided by", "rules that matched too", "the model asks for", "note")
+    # A column that says nothing of any module only takes room from the paths.
+    told = [i for i, header in enumerate(headers) if i < 3 or any(line[i] for line in lines)]
+    table = plain_table(*(headers[i] for i in told))
+    for line in lines:
+        table.add_row(*(escape(line[i] or "-") for i in told))
     return table
 
 
@@ -153,7 +159,7 @@ def result_table(plan: Plan, finished: Finished, answer: Generation | None, seco
 
 def recipes_table(recipes: Sequence[Recipe]) -> Table:
     """The shipped recipes and when to use each."""
-    table = _table("name", "what it does")
+    table = plain_table("name", "what it does")
     for recipe in recipes:
         table.add_row(f"[bold]{recipe.name}[/]", escape(recipe.description))
     return table
@@ -207,8 +213,8 @@ def inspection_table(found: Inspection) -> Table:
         table.add_row("left behind", f"{count_text(found.left_behind_parameters)} that mlx-lm does not use")
     dtypes = ", ".join(f"{dtype} {size_text(nbytes)}" for dtype, nbytes in found.dtypes.items())
     table.add_row("stored as", f"{size_text(found.stored_bytes)} {found.kind}: {dtypes}")
-    quantized = f"{found.quantization.method}, {found.quantization.detail}" if found.quantization else "no"
-    table.add_row("quantized", escape(quantized))
+    quantized = [found.quantization.method, found.quantization.detail] if found.quantization else ["no"]
+    table.add_row("quantized", escape(", ".join(filter(None, quantized))))
     table.add_row("embeddings", "tied to the head" if found.tied_embeddings else "separate from the head")
     table.add_row("context", f"{found.context_length:,} tokens" if found.context_length else "not stated")
     facts = found.tokenizer
@@ -220,9 +226,9 @@ def inspection_table(found: Inspection) -> Table:
 
 def module_table(modules: Sequence[InspectedModule], *, folded: bool) -> Table:
     """Modules with shape, stored form and parameters, folded by layer or one by one."""
-    table = _table("module", "shape", "stored", "parameters", right=("parameters",))
+    table = plain_table("module", "shape", "stored", "parameters", right=("parameters",))
     if folded:
-        rows = [(m.path, (m.shape, _stored_text(m), m.kept)) for m in modules]
+        rows = [(m.path, (m.shape, m.stored_as, m.kept)) for m in modules]
         sizes = {m.path: m.parameters for m in modules}
         for group in fold(rows):
             shape, stored, kept = group.attributes
@@ -239,26 +245,29 @@ def module_table(modules: Sequence[InspectedModule], *, folded: bool) -> Table:
             table.add_row(
                 escape(m.path),
                 shape_text(m.shape),
-                _stored_text(m),
+                m.stored_as,
                 count_text(m.parameters),
                 style=None if m.kept else "dim",
             )
     return table
 
 
-def _stored_text(module: InspectedModule) -> str:
-    return str(module.format) if module.format else module.dtype.lower()
+def fit_heading(device: Device, context: int) -> str:
+    """What ``fit_table`` is about: the device, how much of its memory a model may use, and the context."""
+    usable = f"{size_text(device.usable_bytes)} of {size_text(device.memory_bytes)} usable"
+    return f"[bold]On {escape(device.label)}:[/] {usable}, {context:,} tokens of context"
 
 
-def fit_table(fits: Sequence[tuple[str, Fit]], device: Device, context: int) -> Table:
-    """What each shipped recipe would weigh, and whether it runs on ``device`` at ``context`` tokens."""
-    title = f"On {device.label}: {size_text(device.usable_bytes)} usable, {context:,} tokens of context"
+def fit_table(fits: Sequence[tuple[str, Fit]], device: Device) -> Table:
+    """What each shipped recipe would weigh, and whether it runs on ``device``."""
+    # The ceiling follows from the memory bandwidth, which is not known of every device.
     numbers = ("weights", "memory needed", "tokens/s at most")
-    table = _table("recipe", "weights", "memory needed", "fits", "tokens/s at most", title=title, right=numbers)
+    columns = ("recipe", "weights", "memory needed", "fits", *(numbers[-1:] if device.bandwidth else ()))
+    table = plain_table(*columns, right=numbers)
     for name, reckoned in fits:
-        ceiling = f"{reckoned.decode_tps_ceiling:,.0f}" if reckoned.decode_tps_ceiling else "-"
+        ceiling = [f"{reckoned.decode_tps_ceiling:,.0f}"] if reckoned.decode_tps_ceiling else []
         fits_text = "[green]yes[/]" if reckoned.fits else "[red]no[/]"
-        table.add_row(name, size_text(reckoned.weight_bytes), size_text(reckoned.needed_bytes), fits_text, ceiling)
+        table.add_row(name, size_text(reckoned.weight_bytes), size_text(reckoned.needed_bytes), fits_text, *ceiling)
     return table
 
 
@@ -295,7 +304,7 @@ def inspection_facts(
     }
 
 
-# A comparison has more columns than 100 characters hold: one table for what a model costs, one for how far it is.
+# A comparison has more columns than 120 characters hold: one table for what a model costs, one for how far it is.
 _COST_COLUMNS = ("size_bytes", "bits_per_weight", "generation_tps", "prompt_tps", "peak_memory_bytes", "load_s")
 _FAITHFULNESS_COLUMNS = ("kl_mean", "kl_median", "kl_p99", "top1_agreement", "ppl", "ppl_ratio")
 
@@ -332,7 +341,7 @@ def answer_tables(comparison: Comparison) -> list[Table]:
     timed = [(result.name, result.speed.answers) for result in comparison.results if result.speed]
     tables = []
     for index in range(max((len(answers) for _, answers in timed), default=0)):
-        table = _table("model", "answer", "tokens/s", "memory", right=("tokens/s", "memory"))
+        table = plain_table("model", "answer", "tokens/s", "memory", right=("tokens/s", "memory"))
         table.title = escape(timed[0][1][index].prompt)
         for name, answers in timed:
             answer = answers[index]
@@ -344,7 +353,7 @@ def answer_tables(comparison: Comparison) -> list[Table]:
 
 def upload_table(outlook: Outlook) -> Table:
     """The files as an upload would leave them on the Hub."""
-    table = _table("file", "size", "on the Hub", right=("size",))
+    table = plain_table("file", "size", "on the Hub", right=("size",))
     for change in outlook.changes:
         style = "dim" if change.change == "unchanged" else ""
         table.add_row(escape(change.name), size_text(change.size_bytes), change.change, style=style)

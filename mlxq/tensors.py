@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 # Safetensors dtype names and their size in bits (format specification, safetensors 0.5).
@@ -28,6 +29,19 @@ DTYPE_BITS: dict[str, int] = {
 # The floating dtypes MLX computes in, by their safetensors names and by the names recipes use.
 FLOAT_DTYPES: dict[str, str] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 DTYPE_BY_NAME: dict[str, str] = {name: code for code, name in FLOAT_DTYPES.items()}
+
+
+# Units of sizes that people write: powers of ten, and of two with an i.
+BYTE_UNITS: dict[str, int] = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+BYTE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str) -> int | None:
+    """Bytes of a size such as ``2.2GB`` or ``900 MiB``; None where it is none."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    if found is None or found[2].upper() not in BYTE_UNITS:
+        return None
+    return round(float(found[1]) * BYTE_UNITS[found[2].upper()])
 
 
 @dataclass(frozen=True)

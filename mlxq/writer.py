@@ -47,6 +47,12 @@ class PartialFolder:
         self.out = out
         self.folder = out.with_name(out.name + ".partial")
         self.plan = plan
+        try:
+            self._open()
+        except OSError as exc:
+            raise _explained(exc, self.folder) from exc
+
+    def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
         try:
@@ -72,6 +78,8 @@ class PartialFolder:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+        if isinstance(exc, OSError):
+            raise _explained(exc, self.folder) from exc
 
     def _take_up(self) -> Found:
         """Read the journal; work on another plan is discarded."""
@@ -90,9 +98,11 @@ class PartialFolder:
         """Give every shard its full size and its header now, so that a full disk shows before any work."""
         existing = sum(f.stat().st_blocks * 512 for f in self.folder.iterdir())
         free = shutil.disk_usage(self.folder).free
-        if self.plan.file_bytes > free + existing:
+        sidecars = self.plan.source.sidecars.values()
+        needed = self.plan.file_bytes + sum(len(s) if isinstance(s, bytes) else s.stat().st_size for s in sidecars)
+        if needed > free + existing:
             raise MlxqError(
-                f"{self.folder} needs {self.plan.file_bytes:,} bytes, and its disk has {free:,} free",
+                f"{self.folder} needs {needed:,} bytes, and its disk has {free + existing:,} for it",
                 "Free some space, or choose another -o; what is already written is kept.",
             )
         for shard in self.plan.shards:
@@ -117,9 +127,7 @@ class PartialFolder:
             while done < len(view):
                 done += os.pwrite(self._descriptors[file], view[done : done + (1 << 30)], offset + done)
         except OSError as exc:
-            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise disk_full(self.folder) from exc
-            raise MlxqError(f"cannot write {self.folder / file}: {exc.strerror}") from exc
+            raise _explained(exc, self.folder) from exc
 
     def finished(self, path: str) -> None:
         """Note in the journal that every byte of a step is written."""
@@ -180,6 +188,13 @@ def disk_full(folder: Path) -> MlxqError:
         f"the disk is full; what is finished stays in {folder}",
         "Free some space and run the same command again: it continues from there.",
     )
+
+
+def _explained(exc: OSError, folder: Path) -> MlxqError:
+    """What the system refused, as an error that names the place."""
+    if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+        return disk_full(folder)
+    return MlxqError(f"cannot write {exc.filename or folder}: {exc.strerror or exc}")
 
 
 def _whole_lines(journal: Path) -> Iterator[Mapping[str, Any]]:

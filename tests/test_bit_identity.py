@@ -52,16 +52,52 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_scaling": {"type": "yarn", "factor": 2.0, "mscale_all_dim": 0.7},
     },
     "mamba": {**MAMBA, "model_type": "mamba"},
+    "mamba2": {
+        **MAMBA, "model_type": "mamba2", "num_heads": 8, "head_dim": 32, "n_groups": 1, "layer_norm_epsilon": 1e-5,
+        "tie_word_embeddings": False, "time_step_limit": [0.0, 1.0],
+    },
+    "gemma3_vision": {
+        "model_type": "gemma3", "torch_dtype": "bfloat16", "vocab_size": VOCABULARY,
+        "text_config": {
+            **SMALL, "model_type": "gemma3_text", "sliding_window": 16, "sliding_window_pattern": 2,
+            "intermediate_size": 128,
+        },
+        "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 32},
+    },
+    "qwen2_vl_vision": {
+        **SMALL, "model_type": "qwen2_vl", "vision_config": {"hidden_size": 32},
+        "rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]},
+    },
+    "mistral3_vision": {
+        "model_type": "mistral3", "torch_dtype": "bfloat16", "vision_config": {"model_type": "pixtral"},
+        "text_config": {**SMALL, "model_type": "mistral"},
+    },
     "olmo2": {**SMALL, "model_type": "olmo2"},
     "phi3_fused_qkv": {**SMALL, "model_type": "phi3"},
     "starcoder2_biases": {**SMALL, "model_type": "starcoder2", "norm_epsilon": 1e-5},
     "cohere2": {**SMALL, "model_type": "cohere2", "sliding_window": 16, "sliding_window_pattern": 2},
+    "spark2_5_asks_to_leave_alone": {
+        **SMALL, "model_type": "spark2_5", "sliding_window": 16, "tie_word_embeddings": True,
+        "rope_parameters": {"sliding_attention": {"rope_theta": 1e4}, "full_attention": {"rope_theta": 1e4}},
+    },
     "granitemoe_asks_for_8_bits": {
         **SMALL, "model_type": "granitemoe", "num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 1.0,
         "attention_multiplier": 1.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_bias": False,
         "intermediate_size": 64,
     },
 }  # fmt: skip
+# Towers that mlx_lm leaves behind.
+VISION: dict[str, dict[str, mx.array]] = {
+    "gemma3_vision": {
+        "vision_tower.vision_model.encoder.layers.0.self_attn.q_proj.weight": mx.ones((32, 32)),
+        "multi_modal_projector.mm_input_projection_weight": mx.ones((32, 128)),
+    },
+    "qwen2_vl_vision": {"visual.blocks.0.attn.qkv.weight": mx.ones((96, 32)), "visual.merger.mlp.0.bias": mx.ones(32)},
+    "mistral3_vision": {
+        "vision_tower.patch_conv.weight": mx.ones((32, 3, 2, 2)),
+        "multi_modal_projector.linear_1.weight": mx.ones((128, 32)),
+    },
+}
 DENSE = ["llama", "llama_tied", "qwen2", "qwen3_qk_norm", "gemma2_softcap", "olmo2", "phi3_fused_qkv"]
 
 
@@ -78,11 +114,13 @@ def as_checkpoint(name: str, weights: dict[str, mx.array]) -> dict[str, mx.array
             prefix, _, rest = path.partition(".switch_mlp.")
             for expert in range(array.shape[0]):
                 found[f"{prefix}.experts.{expert}.{rest}"] = mx.contiguous(array[expert])
-        elif name == "mamba" and path.endswith("conv1d.weight"):
+        elif name.startswith("mamba") and path.endswith("conv1d.weight"):
             found[path] = mx.contiguous(array.moveaxis(2, 1))
+        elif name == "qwen2_vl_vision":
+            found[path.removeprefix("language_model.")] = array
         else:
             found[path] = array
-    return found
+    return {**found, **VISION.get(name, {})}
 
 
 def checkpoint(folder: Path, name: str, shards: int = 1) -> Path:
@@ -204,14 +242,32 @@ def test_bits_per_weight_are_those_of_the_files(tmp_path: Path) -> None:
     assert size.module_bits["model.layers.0.mlp.gate"] == 8, "the model asks for 8 bits there"
 
 
-def test_mlx_vlm_loads_what_we_write(tmp_path: Path) -> None:
-    vlm = pytest.importorskip("mlx_vlm.utils")
-    config = {
-        "model_type": "gemma3",
-        "torch_dtype": "bfloat16",
-        "text_config": {**CONFIGS["gemma3_sliding"], "intermediate_size": 128},
-        "vocab_size": VOCABULARY,
-    }
-    model = save(tmp_path / "model", config, build(config)[1])
+@pytest.mark.parametrize("name", VISION)
+def test_vision_towers_are_left_behind_with_their_config(name: str, tmp_path: Path) -> None:
+    model = checkpoint(tmp_path / "model", name)
     quantize(model, tmp_path / "ours", load_recipe("4bit"))
-    assert vlm.load_config(tmp_path / "ours")["quantization"]["bits"] == 4
+    assert not any("vision" in tensor or "visual" in tensor for tensor in tensors(tmp_path / "ours"))
+    mlx_lm.convert(str(model), str(tmp_path / "theirs"), quantize=True, q_bits=4, q_group_size=64)
+    ours, theirs = (json.loads((tmp_path / f / "config.json").read_text()) for f in ("ours", "theirs"))
+    for config in (ours, theirs):
+        for key in ("quantization", "quantization_config"):
+            del config[key]
+    assert ours == theirs
+
+
+VLM = ["llama", "llama_tied", "qwen3_moe", "mixtral", "deepseek_v2_mla", "mamba2", "qwen2_vl_vision", "cohere2"]
+
+
+@pytest.mark.parametrize("name", VLM)
+def test_mlx_vlm_computes_the_same_with_what_we_write(name: str, tmp_path: Path) -> None:
+    vlm = pytest.importorskip("mlx_vlm.utils")
+    rules = [
+        {"match": ["down_proj", "o_proj", "out_proj"], "bits": 6, "optional": True},
+        {"match": "v_proj", "keep": True, "optional": True},
+    ]
+    model = checkpoint(tmp_path / "model", name)
+    quantize(model, tmp_path / "ours", recipe_from_dict({"default": {"bits": 4}, "rules": rules}, "test"))
+    ids = mx.array([[3, 4, 5]])
+    found = vlm.load_model(tmp_path / "ours")(ids)
+    expected = mlx_lm.load(str(tmp_path / "ours"))[0](ids)
+    assert mx.array_equal(getattr(found, "logits", found), expected).item()

@@ -95,3 +95,17 @@ def test_env_never_shows_the_token(monkeypatch: pytest.MonkeyPatch) -> None:
     result = invoke("env", "--json")
     assert json.loads(result.stdout)["hub_login"] is True
     assert "hf_secret" not in result.output
+
+
+def test_faults_of_a_recipe_as_json(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("default: {bits: 7}\nrules:\n  - macth: lm_head\n")
+    result = invoke("recipes", "check", str(bad), "--json")
+    found = json.loads(result.stdout)
+    assert found["schema"] == "mlxq.recipe-check"
+    assert {line.split(": ")[0] for line in found["faults"]} == {f"{bad}:1", f"{bad}:3"}
+    assert isinstance(result.exception, BadInputError)
+    good = invoke("recipes", "check", "4bit", "--json")
+    assert json.loads(good.stdout)["faults"] == []
+    shown = json.loads(invoke("recipes", "show", "4bit", "--json").stdout)["recipes"]
+    assert shown[0]["recipe"]["default"]["bits"] == 4

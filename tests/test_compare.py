@@ -11,12 +11,12 @@ import mlx.core as mx
 import pytest
 from typer.testing import CliRunner, Result
 
-from mlxq.candidates import is_recipe, model_candidate, recipe_candidate
+from mlxq.candidates import model_candidate, recipe_candidate
 from mlxq.cli import app
 from mlxq.compare import Comparison, Settings, compare, folder_candidate
 from mlxq.errors import BadInputError, GateError
 from mlxq.pipeline import Options, prepare, run
-from mlxq.recipe import load_recipe
+from mlxq.recipe import load_recipe, names_recipe
 from tests.checkpoints import LLAMA, build, llama, save
 
 FAST = ("--no-speed", "--tokens", "1024")
@@ -160,11 +160,11 @@ def test_bad_input_is_one_clear_line(
 
 
 def test_recipes_and_models_are_told_apart(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert is_recipe("mixed_4_6")
-    assert is_recipe("some/recipe.yaml")
-    assert not is_recipe("org/name")
+    assert names_recipe("mixed_4_6")
+    assert names_recipe("some/recipe.yaml")
+    assert not names_recipe("org/name")
     monkeypatch.chdir(models)
-    assert not is_recipe("4bit"), "a folder of that name is there"
+    assert not names_recipe("4bit"), "a folder of that name is there"
 
 
 def test_a_recipe_keeps_what_the_plan_keeps(models: Path, tmp_path: Path) -> None:

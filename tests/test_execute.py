@@ -142,3 +142,36 @@ def test_blocks_cover_every_row_once(tmp_path: Path) -> None:
         blocks = blocks_of(step)
         rows = [row for block in blocks for row in range(block.start, block.stop)]
         assert rows == list(range(step.spec.rows))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_assembling_holds_one_tensor_not_the_model(tmp_path: Path) -> None:
+    """Six tensors of 32 MB stored at 4 bits are read as numbers; two of them at once would pass the limit."""
+    model = llama(
+        tmp_path / "model",
+        hidden_size=1024,
+        intermediate_size=16384,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    *_, last = run(plan_of(model), tmp_path / "4bit", OPTIONS)
+    assert isinstance(last, Finished)
+    peak = (
+        "import sys\n"
+        "from mlxq.pipeline import Options, prepare, run\n"
+        "from mlxq.recipe import recipe_from_dict\n"
+        "def peak():\n"
+        "    text = open('/proc/self/status').read()\n"
+        "    return int(text.split('VmHWM:')[1].split()[0]) / 1024\n"
+        "options = Options(dequantize=True)\n"
+        "plan = prepare(recipe_from_dict({}, 'convert'), sys.argv[1], options)\n"
+        "import mlx_lm.utils\n"
+        "before = peak()\n"
+        "list(run(plan, __import__('pathlib').Path(sys.argv[2]), options))\n"
+        "print(peak() - before)\n"
+    )
+    command = [sys.executable, "-c", peak, str(tmp_path / "4bit"), str(tmp_path / "numbers")]
+    grown = float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    largest = max(step.spec.nbytes for step in plan_of(model).steps) / 2**20
+    assert grown < 96 + largest, "workers' blocks and MLX's cache of 64 MiB, and one tensor"

@@ -7,16 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from typer.testing import CliRunner
 
+from mlxq.cli import app
 from mlxq.errors import BadInputError
+from mlxq.inspection import inspect_model
 from mlxq.pipeline import Options, prepare
 from mlxq.recipe import load_recipe, recipe_from_dict
+from mlxq.sources.resolve import resolve
 from mlxq.tables import plan_notes
 from tests.checkpoints import LLAMA, build, save
-from tests.test_bit_identity import SMALL, quantize, tensors
+from tests.test_bit_identity import CONFIGS, SMALL, assert_same_bits, quantize, tensors
 
 CAST = recipe_from_dict({}, "mlx")
 
@@ -91,6 +97,253 @@ def test_a_quantized_mlx_model_is_refused_with_a_way_on(tmp_path: Path) -> None:
     assert {str(d.format) for d in plan.decisions} == {"4:64"}
 
 
+DEEPSEEK: dict[str, Any] = {
+    **CONFIGS["deepseek_v2_mla"], "model_type": "deepseek_v3", "first_k_dense_replace": 1, "moe_layer_freq": 1,
+    "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0, "rope_scaling": None, "qk_nope_head_dim": 64,
+}  # fmt: skip
+GPT_OSS: dict[str, Any] = {
+    **SMALL, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64,
+    "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+
+
+def deepseek_weights() -> dict[str, mx.array]:
+    """DeepSeek V3 as published: an expert a tensor, and one projection for keys and values."""
+    found: dict[str, mx.array] = {}
+    for path, array in build(DEEPSEEK)[1].items():
+        prefix, _, rest = path.partition(".switch_mlp.")
+        if rest:
+            found.update({f"{prefix}.experts.{i}.{rest}": mx.contiguous(array[i]) for i in range(array.shape[0])})
+        elif not path.endswith(("embed_q.weight", "unembed_out.weight")):
+            found[path] = array
+    for layer in range(DEEPSEEK["num_hidden_layers"]):
+        joined = (mx.random.normal((4 * (64 + 32), 64)) * 0.1).astype(mx.bfloat16)
+        found[f"model.layers.{layer}.self_attn.kv_b_proj.weight"] = joined
+    return found
+
+
+def deepseek_fp8(folder: Path) -> Path:
+    """FP8 in blocks of 128x128, as DeepSeek publishes it; the last block of a width may be narrower."""
+    stored: dict[str, mx.array] = {}
+    for name, array in deepseek_weights().items():
+        if "_proj" not in name:
+            stored[name] = array
+            continue
+        blocks = [-(-n // 128) for n in array.shape]
+        stored[name] = mx.to_fp8(array * 100)
+        stored[f"{name}_scale_inv"] = mx.random.uniform(0.005, 0.02, blocks)
+    said = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+    return as_fp8(save(folder, {**DEEPSEEK, "quantization_config": said}, stored))
+
+
+def as_fp8(folder: Path) -> Path:
+    """Give every U8 tensor of a checkpoint the dtype it stands for; MLX itself cannot write it."""
+    file = folder / "model.safetensors"
+    raw = file.read_bytes()
+    changed = raw.replace(b'"dtype":"U8"', b'"dtype":"F8_E4M3"')
+    grown = len(changed) - len(raw)
+    size = int.from_bytes(raw[:8], "little") + grown
+    file.write_bytes(size.to_bytes(8, "little") + changed[8:])
+    return folder
+
+
+def deepseek_int4(folder: Path) -> Path:
+    """compressed-tensors, packed symmetric int4 in groups of 32, on the experts (as Kimi K2 Thinking has it)."""
+    stored: dict[str, mx.array] = {}
+    for name, array in deepseek_weights().items():
+        if ".experts." not in name:
+            stored[name] = array
+            continue
+        rows, columns = array.shape
+        module = name.removesuffix(".weight")
+        stored[f"{module}.weight_packed"] = mx.random.randint(0, 2**31 - 1, (rows, columns // 8)).astype(mx.int32)
+        stored[f"{module}.weight_scale"] = mx.random.uniform(0.005, 0.02, (rows, columns // 32)).astype(mx.bfloat16)
+        stored[f"{module}.weight_shape"] = mx.array([rows, columns])
+    said = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
+    return save(folder, {**DEEPSEEK, "quantization_config": said}, stored)
+
+
+def gpt_oss(folder: Path) -> Path:
+    """MXFP4 as OpenAI publishes it: blocks of 16 bytes with an exponent each, gate and up rows interleaved."""
+    stored: dict[str, mx.array] = {}
+    for name, array in build(GPT_OSS)[1].items():
+        if ".experts." not in name:
+            stored[name] = array
+    for layer in range(2):
+        experts = f"model.layers.{layer}.mlp.experts"
+        for part, rows, columns in (("gate_up_proj", 128, 128), ("down_proj", 128, 64)):
+            stored[f"{experts}.{part}_blocks"] = mx.random.randint(0, 256, (4, rows, columns // 32, 16)).astype(
+                mx.uint8
+            )
+            stored[f"{experts}.{part}_scales"] = mx.random.randint(110, 122, (4, rows, columns // 32)).astype(mx.uint8)
+            stored[f"{experts}.{part}_bias"] = mx.random.normal((4, rows)).astype(mx.bfloat16)
+    return save(folder, {**GPT_OSS, "quantization_config": {"quant_method": "mxfp4"}}, stored)
+
+
+def bitnet(folder: Path) -> Path:
+    """Ternary weights, four to a byte along the outputs, with one scale each."""
+    stored: dict[str, mx.array] = {}
+    for name, array in build(SMALL)[1].items():
+        if "_proj" not in name:
+            stored[name] = array
+            continue
+        stored[name] = mx.random.randint(0, 256, (array.shape[0] // 4, array.shape[1])).astype(mx.uint8)
+        stored[f"{name}_scale"] = mx.array([1.5], dtype=mx.bfloat16)
+    said = {"quant_method": "bitnet", "linear_class": "autobitlinear", "modules_to_not_convert": ["lm_head"]}
+    return save(folder, {**SMALL, "quantization_config": said}, stored)
+
+
+def awq_only(folder: Path) -> Path:
+    """The checkpoint of ``awq`` alone."""
+    return awq(folder)[0]
+
+
+READABLE = {
+    "awq": awq_only, "deepseek_fp8": deepseek_fp8, "deepseek_int4": deepseek_int4, "gpt_oss": gpt_oss, "bitnet": bitnet,
+}  # fmt: skip
+
+
+def parameters(folder: Path) -> dict[str, mx.array]:
+    """Every parameter of a folder, as ``mlx_lm`` opens it."""
+    return dict(tree_flatten(mlx_lm.load(str(folder))[0].parameters()))
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_convert_carries_over_what_mlx_lm_reads(kind: str, tmp_path: Path) -> None:
+    model = READABLE[kind](tmp_path / "model")
+    quantize(model, tmp_path / "ours", CAST)
+    theirs, ours = parameters(model), parameters(tmp_path / "ours")
+    assert sorted(ours) == sorted(theirs)
+    for path, array in ours.items():
+        assert array.dtype == theirs[path].dtype, path
+        assert mx.array_equal(array, theirs[path]).item(), path
+
+
+@pytest.mark.parametrize("kind", sorted(READABLE.keys() - {"bitnet"}))
+def test_dequantizing_gives_the_values_mlx_lm_uses(kind: str, tmp_path: Path) -> None:
+    model = READABLE[kind](tmp_path / "model")
+    quantize(model, tmp_path / "plain", CAST, Options(dequantize=True))
+    theirs, _ = mlx_lm.load(str(model))
+    written = parameters(tmp_path / "plain")
+    opened = 0
+    for path, module in tree_flatten(theirs.leaf_modules(), is_leaf=nn.Module.is_module):
+        if "scales" not in module:
+            continue
+        opened += 1
+        found = written[f"{path}.weight"]
+        values = mx.dequantize(
+            module["weight"],
+            scales=module["scales"],
+            biases=module.get("biases"),
+            group_size=module.group_size,
+            bits=module.bits,
+            mode=module.mode,
+            dtype=found.dtype,
+        )
+        assert mx.array_equal(found, values).item(), path
+    assert opened or kind == "deepseek_fp8"
+    assert not any(path.endswith(".scales") for path in written)
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+
+
+def test_fp8_is_quantized_from_the_values_mlx_lm_reads(tmp_path: Path) -> None:
+    model = deepseek_fp8(tmp_path / "model")
+    quantize(model, tmp_path / "ours", load_recipe("4bit"))
+    mlx_lm.convert(str(model), str(tmp_path / "theirs"), quantize=True, q_bits=4, q_group_size=64)
+    assert_same_bits(tmp_path / "ours", tmp_path / "theirs")
+
+
+def test_mxfp4_experts_stay_and_the_rest_is_quantized(tmp_path: Path) -> None:
+    model = gpt_oss(tmp_path / "model")
+    quantize(model, tmp_path / "ours", load_recipe("8bit"))
+    recorded = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization"]
+    assert recorded["model.layers.0.mlp.experts.gate_proj"] == {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+    ours, theirs = parameters(tmp_path / "ours"), parameters(model)
+    path = "model.layers.1.mlp.experts.down_proj.weight"
+    assert mx.array_equal(ours[path], theirs[path]).item()
+    assert ours["model.layers.0.self_attn.q_proj.weight"].dtype == mx.uint32
+
+
+@pytest.mark.parametrize(
+    ("mode", "said", "beside"),
+    [
+        ("mxfp4", {"quant_method": "mxfp4"}, False),
+        ("mxfp8", {"quant_method": "mxfp8"}, False),
+        ("mxfp8", {"quant_method": "fp8", "scale_fmt": "ue8m0", "weight_block_size": [32, 32]}, False),
+        ("nvfp4", {"quant_method": "modelopt", "quant_algo": "NVFP4"}, False),
+        ("nvfp4", {"quantization": {"quant_algo": "NVFP4", "group_size": 16}, "quant_method": "modelopt"}, True),
+        ("nvfp4", {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, False),
+        ("mxfp4", {"quant_method": "compressed-tensors", "format": "mxfp4-pack-quantized"}, False),
+    ],
+)
+def test_microscaled_floats_are_taken_over_as_they_are(
+    mode: str, said: dict[str, Any], beside: bool, tmp_path: Path
+) -> None:
+    """Tensors under MLX's names, with the formats said as other tools say them."""
+    model, _ = build(SMALL)
+    model, _ = mlx_lm.utils.quantize_model(model, SMALL, None, None, mode=mode)
+    config = SMALL if beside else {**SMALL, "quantization_config": said}
+    folder = save(tmp_path / "model", config, dict(tree_flatten(model.parameters())))
+    if beside:
+        (folder / "hf_quant_config.json").write_text(json.dumps(said))
+    quantize(folder, tmp_path / "ours", CAST)
+    ours, theirs = parameters(tmp_path / "ours"), parameters(folder)
+    assert all(mx.array_equal(array, theirs[path]).item() for path, array in ours.items())
+    recorded = json.loads((tmp_path / "ours" / "config.json").read_text())
+    assert recorded["quantization"]["mode"] == mode
+    assert recorded["quantization"] == recorded["quantization_config"]
+    assert not (tmp_path / "ours" / "hf_quant_config.json").exists()
+    found = inspect_model(resolve(str(folder)), context=128).quantization
+    assert found is not None
+    assert found.method == said["quant_method"]
+
+
+def test_bitnet_cannot_be_quantized_or_opened(tmp_path: Path) -> None:
+    model = bitnet(tmp_path / "model")
+    for recipe, options in ((load_recipe("4bit"), Options()), (CAST, Options(dequantize=True))):
+        with pytest.raises(BadInputError, match="bitnet") as caught:
+            prepare(recipe, str(model), options)
+        assert "mlxq convert" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("only", [None, "switch_mlp.up_proj"])
+def test_scales_for_whole_tensors_are_kept_and_recorded(only: str | None, tmp_path: Path) -> None:
+    config = CONFIGS["qwen3_moe"]
+    model, _ = build(config)
+    model, config = mlx_lm.utils.quantize_model(
+        model, config, 16, 4, "nvfp4", global_scale=True, quant_predicate=lambda path, _: only is None or only in path
+    )
+    folder = save(tmp_path / "model", config, dict(tree_flatten(model.parameters())))
+    finished = quantize(folder, tmp_path / "ours", CAST)
+    ours, theirs = parameters(tmp_path / "ours"), parameters(folder)
+    assert any(path.endswith("global_scale") for path in ours)
+    assert all(mx.array_equal(array, theirs[path]).item() for path, array in ours.items())
+    assert finished.report["metrics"]["parameter_count"] == sum(a.size for a in build(CONFIGS["qwen3_moe"])[1].values())
+
+
+@pytest.mark.xfail(strict=True, reason="execute._numbers hands mx.dequantize one scale per expert at once")
+def test_scales_for_whole_tensors_are_opened(tmp_path: Path) -> None:
+    config = CONFIGS["qwen3_moe"]
+    model, config = mlx_lm.utils.quantize_model(build(config)[0], config, 16, 4, mode="nvfp4", global_scale=True)
+    folder = save(tmp_path / "model", config, dict(tree_flatten(model.parameters())))
+    quantize(folder, tmp_path / "plain", CAST, Options(dequantize=True))
+    assert sorted(parameters(tmp_path / "plain")) == sorted(build(CONFIGS["qwen3_moe"])[1])
+
+
+@pytest.mark.parametrize("kind", READABLE)
+def test_inspect_and_a_dry_run_say_what_is_in_it(kind: str, tmp_path: Path) -> None:
+    model = READABLE[kind](tmp_path / "model")
+    method = json.loads((model / "config.json").read_text())["quantization_config"]["quant_method"]
+    found = inspect_model(resolve(str(model)), context=128)
+    assert found.quantization is not None
+    assert found.quantization.method == method
+    assert found.parameters == prepare(CAST, str(model), Options()).parameter_count
+    shown = CliRunner().invoke(app, ["inspect", str(model)])
+    assert shown.exit_code == 0, shown.output
+    assert method in shown.stdout
+
+
 @pytest.mark.parametrize(
     "quantization",
     [
@@ -104,6 +357,84 @@ def test_what_mlx_lm_cannot_read_is_refused(tmp_path: Path, quantization: dict[s
     with pytest.raises(BadInputError, match=quantization["quant_method"]) as caught:
         prepare(load_recipe("4bit"), str(model), Options())
     assert caught.value.hint
+
+
+def test_gptq_is_refused_for_its_group_indices(tmp_path: Path) -> None:
+    """AutoGPTQ always stores ``g_idx``, and packs along the inputs."""
+    stored: dict[str, mx.array] = {}
+    for name, array in build({**LLAMA, "torch_dtype": "float16"})[1].items():
+        if "proj" not in name:
+            stored[name] = array
+            continue
+        rows, columns = array.shape
+        module = name.removesuffix(".weight")
+        stored[f"{module}.qweight"] = mx.zeros((columns // 8, rows), dtype=mx.int32)
+        stored[f"{module}.qzeros"] = mx.zeros((columns // 64, rows // 8), dtype=mx.int32)
+        stored[f"{module}.scales"] = mx.ones((columns // 64, rows), dtype=mx.float16)
+        stored[f"{module}.g_idx"] = mx.arange(columns) // 64
+    said = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False}
+    model = rewritten(tmp_path / "model", said, stored)
+    assert inspect_model(resolve(str(model)), context=128).parameters == sum(a.size for a in build(LLAMA)[1].values())
+    with pytest.raises(BadInputError, match="g_idx") as caught:
+        prepare(CAST, str(model), Options())
+    assert "dequantize it" in str(caught.value.hint)
+    for indices in [name for name in stored if name.endswith("g_idx")]:
+        del stored[indices]
+    with pytest.raises(BadInputError, match="gptq"):
+        prepare(CAST, str(rewritten(tmp_path / "without", said, stored)), Options())
+
+
+def test_fp8_that_the_model_file_reads_as_integers_is_refused(tmp_path: Path) -> None:
+    config = {
+        **SMALL, "model_type": "ministral3", "sliding_window": None, "layer_types": ["full_attention"] * 2,
+        "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "llama_4_scaling_beta": 0.1,
+                            "original_max_position_embeddings": 512},
+        "quantization_config": {"quant_method": "fp8", "activation_scheme": "static"},
+    }  # fmt: skip
+    stored: dict[str, mx.array] = {}
+    for name, array in build(config)[1].items():
+        stored[name] = mx.to_fp8(array) if "_proj" in name else array
+        if "_proj" in name:
+            stored[f"{name}_scale_inv"] = mx.array(0.01, dtype=mx.bfloat16)
+    model = as_fp8(save(tmp_path / "model", config, stored))
+    with pytest.raises(BadInputError, match="misreads") as caught:
+        prepare(CAST, str(model), Options())
+    assert "bfloat16" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("said", [None, {"quant_method": "fp8", "weight_block_size": [128, 128]}])
+def test_packed_weights_without_scales_are_refused(said: dict[str, Any] | None, tmp_path: Path) -> None:
+    stored = {n: mx.to_fp8(a) if "_proj" in n else a for n, a in build(SMALL)[1].items()}
+    config = {**SMALL, "quantization_config": said} if said else SMALL
+    model = as_fp8(save(tmp_path / "model", config, stored))
+    with pytest.raises(BadInputError, match="F8_E4M3") as caught:
+        prepare(CAST, str(model), Options())
+    assert "bfloat16" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("said", "part"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "weight_scale_inv"),
+        ({"quant_method": "fbgemm_fp8"}, "weight_scale"),
+        ({"quant_method": "compressed-tensors", "format": "int-quantized"}, "weight_scale"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "weight_global_scale"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "weight_scale_2"),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "SCB"),
+        ({"quant_method": "hqq"}, "W_q"),
+        ({"quant_method": "eetq"}, "weight_scales"),
+    ],
+)
+def test_helpers_that_mlx_lm_does_not_know_are_refused(said: dict[str, Any], part: str, tmp_path: Path) -> None:
+    _, weights = build({**LLAMA, "torch_dtype": "float16"})
+    weights["model.layers.0.mlp.up_proj." + part] = mx.ones((1,))
+    model = rewritten(tmp_path / "model", said, weights)
+    with pytest.raises(BadInputError, match=said["quant_method"]) as caught:
+        prepare(load_recipe("4bit"), str(model), Options())
+    assert "bfloat16" in str(caught.value.hint)
+    shown = CliRunner().invoke(app, ["inspect", str(model)])
+    assert shown.exit_code == 0, shown.output
+    assert said["quant_method"] in shown.stdout
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import struct
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +23,7 @@ from mlxq.errors import BadInputError, MlxqError
 from mlxq.methods.formats import Format
 from mlxq.sources.gguf import GGUFSource, open_gguf, recipe_yaml_from_gguf, sample_path
 from mlxq.sources.gguf_blocks import REPACKABLE, nearest_format, repack
+from mlxq.sources.gguf_header import _Cursor
 from mlxq.sources.gguf_names import llama3_factors
 from mlxq.sources.gguf_tokenizer import end_token_ids, tokenizer_files
 
@@ -589,6 +591,66 @@ def test_a_header_that_lies_is_refused(tmp_path: Path) -> None:
             open_gguf(file, "m")
 
 
+def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    tensor = struct.Struct("<Q1sIQIQ").pack
+    head = b"GGUF" + struct.pack("<IQQ", 3, 2, 0)
+    entries = tensor(1, b"a", 1, 16, 0, 0) + tensor(1, b"b", 1, 16, 0, 32)
+    file.write_bytes(head + entries + bytes(256))
+    with pytest.raises(BadInputError, match="'a' and 'b' overlap"):
+        open_gguf(file, "m")
+
+
+def metadata_value(data: st.DataObject) -> tuple[int, bytes]:
+    """A value of any type: well-formed, or a count that promises more than there is."""
+    kind = data.draw(st.sampled_from([0, 1, 4, 5, 6, 7, 8, 9, 10, 12, 13]))
+    if kind == 8:
+        text = data.draw(st.binary(max_size=6))
+        return kind, struct.pack("<Q", data.draw(st.sampled_from([len(text), 1 << 40, (1 << 64) - 1]))) + text
+    if kind == 9:
+        inner, count = data.draw(st.integers(0, 13)), data.draw(st.sampled_from([0, 1, 3, 1 << 24, 1 << 40]))
+        return kind, struct.pack("<IQ", inner, count) + data.draw(st.binary(max_size=24))
+    return kind, data.draw(st.binary(min_size=8, max_size=8))[: {0: 1, 1: 1, 7: 1, 4: 4, 5: 4, 6: 4}.get(kind, 8)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_metadata_of_any_type_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Known keys with values of the wrong type, and counts that promise too much, never crash or allocate."""
+    folder = tmp_path_factory.getbasetemp() / "metadata"
+    folder.mkdir(exist_ok=True)
+    whole = folder / "whole.gguf"
+    if not whole.exists():
+        write_gguf(whole)
+    raw = whole.read_bytes()
+    cursor = _Cursor(raw)
+    cursor.take(16)
+    spans: dict[str, tuple[int, int]] = {}
+    for _ in range(cursor.number("Q")):
+        name, start = cursor.string(), cursor.at
+        cursor.value(cursor.number("I"))
+        spans[name] = (start, cursor.at)
+    changed = sorted(data.draw(st.sets(st.sampled_from(sorted(spans)), min_size=1, max_size=2)), key=spans.__getitem__)
+    for key in reversed(changed):
+        kind, value = metadata_value(data)
+        start, end = spans[key]
+        raw = raw[:start] + struct.pack("<I", kind) + value + raw[end:]
+    file = folder / "changed.gguf"
+    # Longer metadata moves the weights; there must be enough of them still.
+    file.write_bytes(raw + bytes(4096))
+    said = ""
+    tracemalloc.start()
+    try:
+        assert "tokenizer.json" in open_gguf(file, "changed").sidecars
+    except BadInputError as exc:
+        said = exc.message
+    finally:
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert "\n" not in said
+    assert peak < 20_000_000
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_flipped_header_bytes_never_crash(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
@@ -604,9 +666,10 @@ def test_flipped_header_bytes_never_crash(tmp_path_factory: pytest.TempPathFacto
     file.write_bytes(raw)
     try:
         source = open_gguf(file, "flipped")
+        assert source.tensors
+        assert source.sidecars
     except BadInputError:
         return
-    assert source.tensors
 
 
 def test_nearest_formats() -> None:

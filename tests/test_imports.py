@@ -14,15 +14,27 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Each floor may import from floors below it and from its own.
 FLOORS = (
-    ("mlxq", "errors", "tensors"),
-    ("metrics.names", "gates", "target", "recipe_yaml", "match", "methods", "recipe", "fold", "devices", "runtime"),
+    ("mlxq", "errors", "tensors", "arrays"),
+    (
+        "metrics.names",
+        "gates",
+        "target",
+        "recipe_yaml",
+        "recipe_schema",
+        "match",
+        "methods",
+        "recipe",
+        "fold",
+        "devices",
+        "runtime",
+    ),
     ("sources", "inspection", "fit"),
     ("architecture",),
     ("plan",),
-    ("writer", "metrics", "execute", "report", "card"),
-    ("pipeline", "calibration"),
+    ("writer", "metrics", "calibration", "allocate", "budget", "execute", "report", "card"),
+    ("pipeline",),
     ("compare", "candidates", "comparison_report", "charts", "publish"),
-    ("console", "tables"),
+    ("console", "tables", "budget_tables"),
     ("cli", "__main__"),
 )
 HEAVY = {"mlx", "mlx_lm", "numpy", "huggingface_hub", "transformers", "gguf", "matplotlib", "jinja2", "psutil"}

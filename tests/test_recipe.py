@@ -83,7 +83,7 @@ def test_without_a_default_nothing_is_quantized(here: Path) -> None:
     Path("cast.yaml").write_text("dtype: float16\n")
     recipe = load_recipe("cast.yaml")
     assert (recipe.default, recipe.rules, recipe.dtype) == (None, (), "float16")
-    assert recipe.resolved() == {"dtype": "float16", "rules": [], "strict": False, "gates": []}
+    assert recipe.resolved() == {"dtype": "float16", "rules": [], "method": "rtn", "strict": False, "gates": []}
 
 
 @given(st.sampled_from([*MODES]))
@@ -326,6 +326,10 @@ def test_the_json_schema_describes_every_key() -> None:
         "dtype",
         "default",
         "rules",
+        "budget",
+        "options",
+        "method",
+        "calibration",
         "strict",
         "gates",
         "upload",

@@ -100,7 +100,7 @@ def _measure(
 
     done: Comparison | None = None
     interrupted = False
-    with stages(quiet=quiet) as meter:
+    with stages("Comparing", quiet=quiet) as meter:
         try:
             for event in compare(original, candidates, settings):
                 if isinstance(event, Comparison):
@@ -110,7 +110,7 @@ def _measure(
         except KeyboardInterrupt:
             interrupted = True
     if interrupted:
-        warn("stopped; below is what was finished")
+        warn("stopped; below is what was finished" if done else "stopped before anything was finished")
     return done, interrupted
 
 

@@ -76,8 +76,9 @@ def command(
     show(tables.module_table(modules, folded=not layers))
     if encoding is not None:
         show(tables.encoding_table(encoding))
-    show(tables.fit_table(fits, machine, context))
+    show(tables.fit_heading(machine, context))
+    show(tables.fit_table(fits, machine))
     note(
-        f"Sizes are reckoned from headers. To the byte: mlxq quantize RECIPE --model {model} --dry-run",
+        f"Sizes are estimates from the headers. To the byte: mlxq quantize RECIPE --model {model} --dry-run",
         quiet=quiet,
     )

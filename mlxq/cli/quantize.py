@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mlxq.cli.options import DryRun, Force, Generate, Json, Output, Quiet, TrustRemoteCode
 
+if TYPE_CHECKING:
+    from mlxq.recipe import Recipe
+
 
 def command(
     recipe: Annotated[
         str | None,
-        typer.Argument(help="A recipe file, or the name of a shipped recipe (see: mlxq recipes).", show_default=False),
+        typer.Argument(
+            help="A recipe file, or the name of a shipped recipe (see: mlxq recipes); with --bpw or --size, a model.",
+            show_default=False,
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -24,6 +31,23 @@ def command(
         ),
     ] = None,
     output: Output = None,
+    bpw: Annotated[
+        float | None,
+        typer.Option("--bpw", help="Budget in bits per weight: formats are chosen to lose least.", show_default=False),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option("--size", help="Budget for the weight files, such as 2.2GB.", show_default=False),
+    ] = None,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="Show the best at every size, a few of them measured; write no model.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="With --frontier: draw the curve to this .svg or .png.")
+    ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Show where a budget's bits went, and what more room would buy.")
+    ] = False,
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", help="Change a value of the recipe, such as default.bits=3. Repeatable."),
@@ -54,16 +78,18 @@ def command(
     Plans, streams, verifies, and shows what it cost. The same command continues an interrupted run.
 
     Example: mlxq quantize 4bit --model ./my-model -o ./my-model-4bit
+
+    Example: mlxq quantize ./my-model --bpw 4.25
     """
     from mlxq.cli.writing import show_plan, write_model
     from mlxq.errors import BadInputError, MlxqError
-    from mlxq.recipe import load_recipe
 
-    if (recipe is None) == (locked is None):
-        raise BadInputError("name a recipe, or --locked with an mlxq.json", "mlxq recipes lists the shipped recipes.")
+    _check_together(recipe, locked, sets, bpw, size, frontier, plot)
+    spending = target = None
     if locked is not None:
-        if sets:
-            raise BadInputError("--locked rebuilds what was recorded, so it takes no --set")
+        from mlxq.runtime import load_blas
+
+        load_blas()
         from mlxq.pipeline import differing_files, prepare_locked
         from mlxq.report import read_report
 
@@ -72,32 +98,47 @@ def command(
         out = output or Path(f"{locked.resolve().parent.name}-rebuilt")
     else:
         assert recipe is not None
-        loaded = load_recipe(recipe, sets or ())
+        loaded, name = _asked(recipe, model, bpw, size, sets or ())
+        if upload and not (dry_run or frontier or why is not None):
+            target = loaded.upload
+        if target is not None:
+            from mlxq.publish import check_login
+
+            # Said now, not after hours of work.
+            check_login()
         from mlxq.runtime import load_blas
 
         load_blas()
         from mlxq.pipeline import Options, default_output, prepare
 
-        name = model or loaded.model
-        if name is None:
-            raise BadInputError(
-                f"recipe {loaded.name} names no model",
-                f"Add one: mlxq quantize {recipe} --model FOLDER-OR-HUB-ID",
-            )
         recorded = None
         options = Options(requantize=requantize, trust_remote_code=trust_remote_code)
         out = output or (Path(loaded.output) if loaded.output else default_output(loaded, name))
-        if not dry_run and why is None and out.exists() and not force:
+        if not (dry_run or frontier or why is not None or force) and out.exists():
             raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
         plan = prepare(loaded, name, options)
+        if loaded.budget is not None:
+            from mlxq.cli.spending import spend_budget
+
+            plan, spending = spend_budget(plan, options, measure_curve=frontier, quiet=quiet)
+        elif frontier or explain:
+            raise BadInputError(
+                f"{'--frontier' if frontier else '--explain'} is about a budget, and recipe {loaded.name} has none",
+                "Give one: --bpw 4.25, --size 2.2GB, or budget: in the recipe.",
+            )
+    if spending is not None and not as_json:
+        from mlxq.cli.spending import show_spending
+
+        show_spending(spending, explain=explain, frontier=frontier, plot=plot, quiet=quiet)
+    if frontier:
+        if as_json:
+            from mlxq.console import show_json
+
+            show_json({"schema": "mlxq.budget", "schema_version": 1, **(plan.spending or {})})
+        return
     if dry_run or why is not None:
         show_plan(plan, out=out, why=why, as_json=as_json, quiet=quiet)
         return
-    target = plan.recipe.upload if upload else None
-    if target is not None:
-        from mlxq.publish import check_login
-
-        check_login()
     finished = write_model(plan, out, options, force=force, generate=generate, as_json=as_json, quiet=quiet)
     if plan.recipe.gates:
         from mlxq.cli.compare import check_recipe_gates
@@ -112,3 +153,55 @@ def command(
         from mlxq.cli.upload import publish_made
 
         publish_made(out, target, quiet=quiet)
+
+
+def _check_together(
+    recipe: str | None,
+    locked: Path | None,
+    sets: list[str] | None,
+    bpw: float | None,
+    size: str | None,
+    frontier: bool,
+    plot: Path | None,
+) -> None:
+    """Raise BadInputError for options that contradict each other."""
+    from mlxq.errors import BadInputError
+
+    if recipe is None and locked is None:
+        raise BadInputError("name a recipe, or --locked with an mlxq.json", "mlxq recipes lists the shipped recipes.")
+    if recipe is not None and locked is not None:
+        raise BadInputError("--locked rebuilds what was recorded, so it takes no recipe")
+    if locked is not None and (sets or bpw is not None or size is not None or frontier):
+        raise BadInputError("--locked rebuilds what was recorded, so it takes no --set and no budget")
+    if bpw is not None and size is not None:
+        raise BadInputError("--bpw and --size are two budgets", "Give the one that binds.")
+    if plot is not None and not frontier:
+        raise BadInputError("--plot draws the curve of --frontier", "Add --frontier.")
+    if plot is not None and plot.suffix not in (".svg", ".png"):
+        raise BadInputError(f"cannot draw a {plot.suffix or 'file without suffix'}", "Name an .svg or a .png.")
+
+
+def _asked(
+    text: str, model: str | None, bpw: float | None, size: str | None, sets: Sequence[str]
+) -> tuple[Recipe, str]:
+    """The recipe and the model that the command line comes to."""
+    from mlxq.errors import BadInputError
+    from mlxq.recipe import budget_recipe, load_recipe, names_recipe
+
+    if bpw is None and size is None:
+        recipe = load_recipe(text, sets)
+    elif names_recipe(text):
+        budget = f"budget={{bpw: {bpw}}}" if bpw is not None else f"budget={{size: {size}}}"
+        recipe = load_recipe(text, [*sets, budget])
+    else:
+        if model is not None:
+            raise BadInputError(
+                f"two models: {text} and --model {model}", "With --bpw or --size alone, name the model once."
+            )
+        return budget_recipe({"bpw": bpw} if bpw is not None else {"size": size}, sets), text
+    name = model or recipe.model
+    if name is None:
+        raise BadInputError(
+            f"recipe {recipe.name} names no model", f"Add one: mlxq quantize {text} --model FOLDER-OR-HUB-ID"
+        )
+    return recipe, name

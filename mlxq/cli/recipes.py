@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,11 +32,19 @@ def listing(context: typer.Context, as_json: Json = False) -> None:
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a file.")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a file.")], as_json: Json = False
+) -> None:
     """Print a recipe as it was written."""
+    from mlxq.console import show_json
     from mlxq.recipe import load_recipe
 
-    sys.stdout.write(load_recipe(name).text)
+    recipe = load_recipe(name)
+    if as_json:
+        entry = {"name": recipe.name, "description": recipe.description, "recipe": recipe.resolved()}
+        show_json({"schema": "mlxq.recipes", "schema_version": 1, "recipes": [entry]})
+    else:
+        sys.stdout.write(recipe.text)
 
 
 @app.command()
@@ -46,21 +54,33 @@ def check(
         str | None, typer.Option("--model", "-m", help="Also check every rule against this model.")
     ] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="Change a value first. Repeatable.")] = None,
+    as_json: Json = False,
 ) -> None:
     """Check a recipe; all faults are listed at once."""
     from mlxq.console import show as show_line
+    from mlxq.console import show_json
+    from mlxq.errors import RecipeError
     from mlxq.recipe import load_recipe
 
-    recipe = load_recipe(file, sets or ())
-    if model is None:
-        show_line(f"{file}: no faults in {len(recipe.rules)} rules. --model MODEL checks them against a model.")
-        return
-    from mlxq.pipeline import Options, prepare
+    facts: dict[str, Any] = {"schema": "mlxq.recipe-check", "schema_version": 1, "recipe": file, "faults": []}
+    try:
+        recipe = load_recipe(file, sets or ())
+        if model is not None:
+            from mlxq.pipeline import Options, prepare
 
-    plan = prepare(recipe, model, Options(requantize=True))
-    show_line(
-        f"{file}: no faults; on {model} it gives {plan.file_bytes:,} bytes, {plan.bits_per_weight:.3f} bits per weight."
-    )
+            plan = prepare(recipe, model, Options(requantize=True))
+            facts |= {"model": model, "file_bytes": plan.file_bytes, "bits_per_weight": plan.bits_per_weight}
+    except RecipeError as error:
+        if as_json:
+            show_json({**facts, "faults": list(error.faults)})
+        raise
+    if as_json:
+        show_json(facts)
+    elif model is None:
+        show_line(f"{file}: no faults. --model MODEL also checks that its rules mean something on a model.")
+    else:
+        size = f"{facts['file_bytes']:,} bytes, {facts['bits_per_weight']:.3f} bits per weight"
+        show_line(f"{file}: no faults; on {model} it gives {size}.")
 
 
 @app.command()

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxq.console import note, progress, show, show_json, warn
+from mlxq.console import note, progress, show, show_json, show_text, warn
 
 if TYPE_CHECKING:
     from mlxq.pipeline import Finished, Options
@@ -54,7 +55,10 @@ def write_model(
                 elif isinstance(event, Finished):
                     finished = event
     except KeyboardInterrupt:
-        warn(f"stopped; what is finished stays in {partial}, and the same command continues from there")
+        if partial.is_dir():
+            warn(f"stopped; what is finished stays in {partial}, and the same command continues from there")
+        else:
+            warn(f"stopped; {out} is complete" if out.is_dir() else "stopped; nothing was written")
         raise
     assert finished is not None
     seconds = time.perf_counter() - began
@@ -91,4 +95,4 @@ def _show_result(plan: Plan, finished: Finished, seconds: float, *, generate: bo
         return
     show(tables.result_table(plan, finished, answer, seconds))
     show("Try it:")
-    show(f'  mlx_lm.generate --model {finished.out} --prompt "Why is the sky blue?"')
+    show_text(f'  mlx_lm.generate --model {shlex.quote(str(finished.out))} --prompt "Why is the sky blue?"')

@@ -14,6 +14,14 @@ MODES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "mxfp8": ((8,), (32,)),
 }
 
+# BitNet packs four ternary weights to a byte, along the outputs; the byte's tensor has one scale beside it.
+TERNARY_PER_BYTE = 4
+TERNARY_SCALE = "weight_scale"
+
+
+# How the numbers of a format are chosen: rounded, refitted, with error feedback, or whichever suits the module.
+METHODS: tuple[str, ...] = ("rtn", "fit", "gptq", "auto")
+
 
 @dataclass(frozen=True)
 class Format:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.errors import MlxqError
-from mlxq.methods.formats import MODES
+from mlxq.methods.formats import MODES, TERNARY_PER_BYTE, TERNARY_SCALE
 from mlxq.sources.safetensors import read_file_header, read_json
 from mlxq.tensors import TensorSpec
 
@@ -38,7 +38,9 @@ def measure_size(folder: Path) -> Size:
     for name, spec in tensors.items():
         module, _, part = name.rpartition(".")
         scales = tensors.get(f"{module}.scales")
-        if scales is None or part not in ("weight", "scales", "biases"):
+        if f"{module}.{TERNARY_SCALE}" in tensors and part in ("weight", TERNARY_SCALE):
+            parameters += spec.size * TERNARY_PER_BYTE if part == "weight" else 0
+        elif scales is None or part not in ("weight", "scales", "biases", "global_scale"):
             parameters += spec.size
         elif part == "weight":
             bits, columns = _logical(module, spec, scales, quantization)

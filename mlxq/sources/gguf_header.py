@@ -11,6 +11,7 @@ import mmap
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,26 @@ DEFAULT_ALIGNMENT = 32
 # What GGML itself allows; a larger number is a corrupt header.
 MAX_DIMENSIONS = 4
 MAX_TENSORS = 1 << 20
+# Far above any chat template or vocabulary; what a corrupt length can make us hold stays small.
+MAX_VALUE_BYTES = 1 << 26
+
+# What the keys we read hold, by the specification; the rest may hold what they like.
+_TEXT = ("general.architecture", "tokenizer.chat_template", "tokenizer.ggml.model", "tokenizer.ggml.pre")
+_WHOLE = (
+    "general.alignment",
+    "split.count",
+    *(f"tokenizer.ggml.{role}_token_id" for role in ("bos", "eos", "unknown", "padding", "eot", "eom")),
+)
+_NUMBERS = tuple(f"general.sampling.{name}" for name in ("temp", "top_k", "top_p", "min_p", "penalty_repeat"))
+_TEXTS = ("tokenizer.ggml.tokens", "tokenizer.ggml.merges")
+_ARRAYS = ("tokenizer.ggml.scores", "tokenizer.ggml.token_type")
+_KEYS: dict[str, tuple[str, tuple[type, ...]]] = {
+    **dict.fromkeys(_TEXT, ("text", (str,))),
+    **dict.fromkeys(_WHOLE, ("a whole number", (int,))),
+    **dict.fromkeys(_NUMBERS, ("a number", (int, float))),
+    **dict.fromkeys(_TEXTS, ("a list of texts", (list,))),
+    **dict.fromkeys(_ARRAYS, ("a list of numbers", (tuple,))),
+}
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING = 8
@@ -64,6 +85,8 @@ class _Cursor:
         end = self.at + nbytes
         if end > len(self.data):
             raise _Malformed("it is cut short inside its header")
+        if nbytes > MAX_VALUE_BYTES:
+            raise _Malformed(f"a value at byte {self.at:,} of its header takes {nbytes:,} bytes")
         chunk = self.data[self.at : end]
         self.at = end
         return chunk
@@ -82,13 +105,14 @@ class _Cursor:
         # A vocabulary has a quarter of a million of them, so this is string() with its calls unrolled.
         data, at, size = self.data, self.at, len(self.data)
         length = struct.Struct("<Q").unpack_from
+        limit = min(size, at + MAX_VALUE_BYTES)
         found = []
         try:
             for _ in range(count):
                 start = at + 8
                 at = start + length(data, at)[0]
-                if at > size:
-                    raise _Malformed("it is cut short inside its header")
+                if at > limit:
+                    raise _Malformed("it is cut short inside its header, or a list of strings in it is corrupt")
                 found.append(data[start:at].decode())
         except struct.error as exc:
             raise _Malformed("it is cut short inside its header") from exc
@@ -156,10 +180,12 @@ def _parse(cursor: _Cursor, path: Path, size: int) -> GGUFHeader:
         key = cursor.string()
         if key in metadata:
             raise _Malformed(f"its metadata has {key!r} twice")
-        metadata[key] = cursor.value(cursor.number("I"))
+        value = metadata[key] = cursor.value(cursor.number("I"))
+        if key in _KEYS and type(value) not in _KEYS[key][1]:
+            raise _Malformed(f"{key} is not {_KEYS[key][0]}")
     entries = [_tensor_entry(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
-    if not isinstance(alignment, int) or alignment <= 0 or alignment % 8:
+    if alignment <= 0 or alignment % 8:
         raise _Malformed(f"its alignment is {alignment!r}")
     data_start = -(-cursor.at // alignment) * alignment
     locate = _locator(data_start, size)
@@ -168,6 +194,9 @@ def _parse(cursor: _Cursor, path: Path, size: int) -> GGUFHeader:
         if name in tensors:
             raise _Malformed(f"tensor {name!r} is in it twice")
         tensors[name] = locate(name, shape, type_id, offset)
+    for one, other in pairwise(sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes))):
+        if one.offset + one.nbytes > other.offset:
+            raise _Malformed(f"tensors {one.name!r} and {other.name!r} overlap")
     return GGUFHeader(path, metadata, tensors)
 
 

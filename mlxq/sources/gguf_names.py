@@ -195,6 +195,8 @@ class _Metadata:
             value = value[0]
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
             raise self.bad(f"{full} is {value!r}, not a number")
+        if value is not None and not math.isfinite(value):
+            raise self.bad(f"{full} is {value}")
         return value
 
     def number(self, key: str, otherwise: float | None = None) -> float:
@@ -325,9 +327,13 @@ def _llama3_scaling(meta: _Metadata, config: dict[str, Any], frequencies: Sequen
     The factors alone are stored. Every released model has low and high frequency factors 1 and 4; the largest
     factor is the scaling factor, and the original context is the one that gives the factors back.
     """
-    factor = max(frequencies)
-    if factor == min(frequencies) == 1:
+    if not all(math.isfinite(value) and value > 0 for value in frequencies) or config["rope_theta"] <= 0:
+        raise meta.bad("its rope frequencies are no positive numbers")
+    factor = max(frequencies, default=1)
+    if factor == min(frequencies, default=1) == 1:
         return None
+    if len(frequencies) != config["head_dim"] // 2:
+        raise meta.bad(f"{ROPE_FREQUENCIES} holds {len(frequencies):,} factors for heads of {config['head_dim']:,}")
     for original in (8192, 4096, 16384, 2048, 32768, 65536, 131072):
         scaling = {
             "rope_type": "llama3",
@@ -338,9 +344,7 @@ def _llama3_scaling(meta: _Metadata, config: dict[str, Any], frequencies: Sequen
             "original_max_position_embeddings": original,
         }
         expected = llama3_factors(scaling, config["rope_theta"], config["head_dim"])
-        if len(expected) == len(frequencies) and all(
-            math.isclose(one, other, rel_tol=1e-4) for one, other in zip(expected, frequencies, strict=True)
-        ):
+        if all(math.isclose(one, other, rel_tol=1e-4) for one, other in zip(expected, frequencies, strict=True)):
             return scaling
     raise meta.bad(f"the factors in {ROPE_FREQUENCIES} follow no known rope scaling")
 

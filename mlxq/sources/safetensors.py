@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
 # A header larger than this is refused by the reference implementation too.
 MAX_HEADER_BYTES = 100_000_000
+# What numpy holds, and no size or offset is larger on any machine.
+MAX_DIMENSIONS = 64
+MAX_SIZE = (1 << 63) - 1
 
 # Files that are weights or belong to other runtimes; everything else beside config.json travels along.
 _NOT_SIDECARS = (
@@ -58,7 +62,8 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> dict[str, tuple[Ten
 
     ``raw`` starts with the 8-byte length and holds at least the whole header; ``file_bytes`` is the size of the
     whole file. Returns name -> (spec, absolute offset). Raises BadInputError where the header does not describe
-    the file exactly: unknown dtype, overlap, hole, or data past the end (safetensors format specification).
+    the file exactly: unknown dtype, a name twice, overlap, hole, or data past the end (safetensors format
+    specification).
     """
 
     def bad(reason: str) -> BadInputError:
@@ -70,8 +75,10 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> dict[str, tuple[Ten
     if header_bytes > MAX_HEADER_BYTES or 8 + header_bytes > file_bytes:
         raise bad(f"it says its header has {header_bytes:,} bytes, and the file has {file_bytes:,}")
     try:
-        header = json.loads(raw[8 : 8 + header_bytes])
-    except (UnicodeDecodeError, json.JSONDecodeError) as exc:
+        header = json.loads(raw[8 : 8 + header_bytes], object_pairs_hook=_distinct)
+    except _Twice as exc:
+        raise bad(f"its header has {exc} twice") from exc
+    except (ValueError, RecursionError) as exc:
         raise bad("its header is not JSON") from exc
     if not isinstance(header, dict):
         raise bad("its header is not a JSON object")
@@ -81,23 +88,41 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> dict[str, tuple[Ten
         if name == "__metadata__":
             continue
         try:
-            spec = TensorSpec(name, entry["dtype"], tuple(int(n) for n in entry["shape"]))
-            start, end = (int(n) for n in entry["data_offsets"])
+            name.encode()
+            dtype, shape, (start, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
         except (KeyError, TypeError, ValueError) as exc:
             raise bad(f"the entry of {name!r} is malformed") from exc
-        if spec.dtype not in DTYPE_BITS:
-            raise bad(f"{name!r} has an unknown dtype {spec.dtype!r}")
-        if min(spec.shape, default=0) < 0 or start < 0 or end - start != spec.nbytes:
+        if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n <= MAX_SIZE for n in (*shape, start, end)):
+            raise bad(f"the entry of {name!r} is malformed")
+        if dtype not in DTYPE_BITS:
+            raise bad(f"{name!r} has an unknown dtype {dtype!r}")
+        spec = TensorSpec(name, dtype, shape)
+        if end - start != spec.nbytes:
             raise bad(f"{name!r} has {end - start:,} bytes where its shape needs {spec.nbytes:,}")
         spans.append((start, end, name))
         found[name] = (spec, 8 + header_bytes + start)
     spans.sort()
-    for (_, end, one), (start, _, other) in pairwise(spans):
+    for (_, end, one), (start, _, other) in pairwise([(0, 0, ""), *spans]):
         if start < end:
             raise bad(f"{one!r} and {other!r} overlap")
-    if spans and 8 + header_bytes + spans[-1][1] > file_bytes:
-        missing = 8 + header_bytes + spans[-1][1] - file_bytes
-        raise bad(f"it is cut short by {missing:,} bytes")
+        if start > end:
+            raise bad(f"nothing accounts for the {start - end:,} bytes before {other!r}")
+    rest = file_bytes - 8 - header_bytes - (spans[-1][1] if spans else 0)
+    if rest < 0:
+        raise bad(f"it is cut short by {-rest:,} bytes")
+    if rest > 0:
+        raise bad(f"nothing accounts for its last {rest:,} bytes")
+    return found
+
+
+class _Twice(ValueError):
+    """A key that a JSON object has twice."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(next(repr(name) for name, count in Counter(name for name, _ in pairs).items() if count > 1))
     return found
 
 
@@ -107,7 +132,7 @@ def read_file_header(file: Path) -> Iterator[StoredTensor]:
     with file.open("rb") as stream:
         head = stream.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        raw = head + stream.read(min(length, MAX_HEADER_BYTES))
+        raw = head + stream.read(min(length, MAX_HEADER_BYTES, size))
     for spec, offset in parse_header(raw, size, str(file)).values():
         yield StoredTensor(spec, file, offset)
 
@@ -225,6 +250,8 @@ def read_json(file: Path) -> dict[str, Any]:
         raise BadInputError(f"{file} is not UTF-8 text") from exc
     except json.JSONDecodeError as exc:
         raise BadInputError(f"{file}:{exc.lineno}: not valid JSON: {exc.msg}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise BadInputError(f"{file}: its JSON is nested too deeply, or holds a number too long") from exc
     if not isinstance(data, dict):
         raise BadInputError(f"{file} holds {type(data).__name__}, not a JSON object")
     return data

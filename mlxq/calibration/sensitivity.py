@@ -1,0 +1,314 @@
+"""How much each module's KL divergence grows in each format: the scores that an allocation adds up.
+
+For weights W replaced by W + D the divergence of the model's next-token distributions is, to second order,
+half the mean over tokens of (g . D x)^2: x the module's input, g the gradient of the log-likelihood at its
+output, labels drawn from the model itself (the Fisher information as the KL's Hessian; Kunstner et al.,
+arXiv:1905.12558, on why drawn and not observed labels). Modules outside the blocks (embeddings, heads) reach far
+beyond that order at few bits and have their divergence measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mlxq.calibration.blocks import BlockSequence, Entered, intercepted, outside_of, quantizable, side_by_side
+from mlxq.calibration.statistics import (
+    Hold,
+    InputStatistics,
+    ModuleInput,
+    always_held,
+    experts_of,
+    gather,
+    head_calls,
+)
+from mlxq.methods.formats import Format
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+    import mlx.nn as nn
+
+# Tokens that a divergence outside the blocks is measured on: an embedding costs a forward pass for each option.
+MEASURED_TOKENS = 1024
+# encode(path, weight, format, statistics) -> the decoded float32 weights that would be stored. None: not scored.
+Encoder = Callable[[str, "mx.array", Format, "InputStatistics | None"], "mx.array"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Expected KL divergence, in nats per token, of one module alone in ``fmt``."""
+
+    path: str
+    fmt: Format
+    divergence: float
+
+
+def scores(
+    sequence: BlockSequence,
+    batches: Sequence[mx.array],
+    options: Mapping[str, Sequence[Format]],
+    encode: Encoder,
+    hold: Hold = always_held,
+    seed: int = 0,
+) -> Iterator[Score]:
+    """Score each module of ``options`` (path -> formats) over ``batches`` of tokens (sequences, length).
+
+    One pass forward through the blocks, whose inputs are kept, and one back from the last block to the first, in
+    which each block is run again from its input: memory holds one block's weights and gradients and the inputs of
+    all. Modules outside the blocks come first and cost up to one forward pass an option.
+    """
+    import mlx.core as mx
+
+    entries = [sequence.enter(batch) for batch in batches]
+    inputs = [[entered.hidden for entered in entries]]
+    mx.eval(inputs)
+    early = frozenset().union(*(entered.before for entered in entries))
+    probes = _probes(batches)
+    variants = list(_early_variants(sequence, probes, {p: f for p, f in options.items() if p in early}, encode))
+    for index, path in enumerate(sequence.blocks):
+        with hold(path):
+            arguments = [(index, h, e) for h, e in zip(inputs[-1], entries, strict=True)]
+            inputs.append(list(side_by_side(sequence.run, arguments)))
+            for variant in variants:
+                arguments = [(index, h, e) for h, e in zip(variant.hidden, variant.entries, strict=True)]
+                variant.hidden[:] = side_by_side(sequence.run, arguments)
+    references = [inputs[-1][probe.batch][probe.row : probe.row + 1] for probe in probes]
+    for variant in variants:
+        changed = encode(variant.path, variant.module.weight, variant.fmt, None)
+        yield _measured(sequence, variant, probes, references, changed)
+    yield from _late_scores(sequence, batches, inputs[-1], probes, references, options, early, encode)
+
+    key = mx.random.key(seed)
+    gradients = [_head_gradient(sequence, batch, h, key) for batch, h in zip(batches, inputs.pop(), strict=True)]
+    for index in reversed(range(len(sequence.blocks))):
+        path = tuple(sequence.blocks)[index]
+        with hold(path):
+            calls: dict[str, list[_Call]] = {}
+            back = [(sequence, index, *each) for each in zip(inputs.pop(), entries, gradients, strict=True)]
+            for k, (below, part) in enumerate(side_by_side(_backward, back)):
+                gradients[k] = below
+                for name, call in part.items():
+                    calls.setdefault(f"{path}.{name}", []).append(call)
+            for name, module in quantizable(sequence.blocks[path]).items():
+                full = f"{path}.{name}"
+                if full in options and full in calls:
+                    yield from _module_scores(full, module, calls.pop(full), options[full], encode)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One call of a module: arguments and the gradient at its output."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    gradient: mx.array
+
+
+def _evaluated(array: mx.array) -> mx.array:
+    import mlx.core as mx
+
+    mx.eval(array)
+    return array
+
+
+def _head_gradient(sequence: BlockSequence, tokens: mx.array, hidden: mx.array, key: mx.array) -> mx.array:
+    """Gradient at ``hidden`` of the summed log-likelihood of labels drawn from the model, a sequence at a time."""
+    import mlx.core as mx
+
+    def likelihood(h: mx.array, row: mx.array, row_key: mx.array) -> mx.array:
+        logits = sequence.leave(row, h).astype(mx.float32)
+        logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        labels = mx.random.categorical(mx.stop_gradient(logits), key=row_key)
+        return mx.take_along_axis(logits, labels[..., None], axis=-1).sum()
+
+    gradient = mx.grad(likelihood)
+    rows = []
+    for index in range(tokens.shape[0]):
+        # The text itself makes the key, so batches of any size draw the same labels.
+        row_key = mx.random.split(key, 2)[1] + tokens[index].sum().astype(mx.uint32)
+        rows.append(_evaluated(gradient(hidden[index : index + 1], tokens[index : index + 1], row_key)))
+    return mx.concatenate(rows)
+
+
+def _backward(
+    sequence: BlockSequence, index: int, hidden: mx.array, entered: Entered, gradient: mx.array
+) -> tuple[mx.array, dict[str, _Call]]:
+    """Run block ``index`` again and take the gradient back through it.
+
+    Returns the gradient at ``hidden`` and, for each quantizable module, its arguments and output gradient. These
+    come from a zero added to each output, whose gradient is the output's.
+    """
+    import mlx.core as mx
+
+    modules = quantizable(sequence.blocks[tuple(sequence.blocks)[index]])
+    kwargs_of: dict[str, dict[str, Any]] = {}
+    shapes: dict[str, mx.array] = {}
+
+    def measure(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        output = call(*args, **kwargs)
+        shapes[name] = mx.zeros(output.shape, output.dtype)
+        return output
+
+    with intercepted(modules, measure):
+        sequence.run(index, hidden, entered)
+
+    def weighted_output(h: mx.array, probes: dict[str, mx.array]) -> tuple[mx.array, dict[str, Any]]:
+        recorded: dict[str, Any] = {}
+
+        def probe(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            recorded[name] = args
+            kwargs_of[name] = kwargs
+            return call(*args, **kwargs) + probes[name]
+
+        with intercepted(modules, probe):
+            output = sequence.run(index, h, entered)
+        return (output * gradient).sum(), recorded
+
+    (_, args_of), (below, at) = mx.value_and_grad(weighted_output, argnums=(0, 1))(hidden, shapes)
+    return below, {name: _Call(tuple(args_of[name]), kwargs_of[name], at[name]) for name in args_of}
+
+
+def _module_scores(
+    path: str, module: nn.Module, calls: Sequence[_Call], formats: Sequence[Format], encode: Encoder
+) -> Iterator[Score]:
+    import mlx.core as mx
+
+    statistics = gather([ModuleInput.of(call.args) for call in calls], experts_of(module), hessian=False)
+    tokens = statistics.tokens if experts_of(module) is None else _tokens(calls)
+    original = module.weight
+    bias = module.bias if "bias" in module else None
+    try:
+        if bias is not None:
+            module.bias = mx.zeros_like(bias)
+        for fmt in formats:
+            change = encode(path, original, fmt, statistics) - original.astype(mx.float32)
+            # The module itself, with the change for weights, says what the change does to its output.
+            module.weight = change.astype(original.dtype)
+            mx.eval(module.weight)
+
+            def effect_of(call: _Call) -> mx.array:
+                effect = (module(*call.args, **call.kwargs) * call.gradient).astype(mx.float32).sum(axis=-1)
+                squared: mx.array = (effect * effect).sum()
+                return squared
+
+            total = sum(float(part) for part in side_by_side(effect_of, [(call,) for call in calls]))
+            yield Score(path, fmt, 0.5 * total / max(tokens, 1))
+    finally:
+        module.weight = original
+        if bias is not None:
+            module.bias = bias
+
+
+def _tokens(calls: Sequence[_Call]) -> int:
+    """Tokens that went to a stack of experts; each goes to as many as its router chose."""
+    return sum(call.args[0].size // call.args[0].shape[-1] for call in calls)
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """A sequence that divergence is measured on: ``tokens`` (1, length), and which row of which batch it is."""
+
+    tokens: mx.array
+    batch: int
+    row: int
+
+
+def _probes(batches: Sequence[mx.array]) -> list[_Probe]:
+    """Sequences of up to ``MEASURED_TOKENS``, taken evenly from all the text."""
+    every = [_Probe(batch[row : row + 1], k, row) for k, batch in enumerate(batches) for row in range(len(batch))]
+    count = max(1, min(len(every), MEASURED_TOKENS // every[0].tokens.size))
+    return [every[i * len(every) // count] for i in range(count)]
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """A module ahead of the blocks in one format: the hidden states (1, length, width) it leads to, by probe.
+
+    They pass through the blocks beside the original's.
+    """
+
+    path: str
+    module: nn.Module
+    fmt: Format
+    entries: list[Entered]
+    hidden: list[mx.array]
+
+
+def _early_variants(
+    sequence: BlockSequence, probes: Sequence[_Probe], options: Mapping[str, Sequence[Format]], encode: Encoder
+) -> Iterator[_Variant]:
+    import mlx.core as mx
+
+    for path, module in outside_of(sequence.model, sequence.blocks).items():
+        for fmt in options.get(path, ()):
+            with changed_weight(module, encode(path, module.weight, fmt, None)):
+                entries = [sequence.enter(probe.tokens) for probe in probes]
+                mx.eval([entered.hidden for entered in entries])
+            yield _Variant(path, module, fmt, entries, [entered.hidden for entered in entries])
+
+
+@contextmanager
+def changed_weight(module: nn.Module, weight: mx.array) -> Iterator[None]:
+    """Within the context ``module`` has ``weight``, in its own dtype."""
+    import mlx.core as mx
+
+    original = module.weight
+    module.weight = weight.astype(original.dtype)
+    mx.eval(module.weight)
+    try:
+        yield
+    finally:
+        module.weight = original
+
+
+def _measured(
+    sequence: BlockSequence,
+    variant: _Variant,
+    probes: Sequence[_Probe],
+    references: Sequence[mx.array],
+    changed: mx.array,
+) -> Score:
+    """The divergence of a variant's logits, with the module ``changed`` at the head too where it is tied."""
+
+    def divergence_of(probe: _Probe, reference: mx.array, hidden: mx.array) -> mx.array:
+        p = sequence.leave(probe.tokens, reference)
+        with changed_weight(variant.module, changed):
+            q = sequence.leave(probe.tokens, hidden)
+        return divergence(p, q).sum()
+
+    arguments = list(zip(probes, references, variant.hidden, strict=True))
+    total = sum(float(part) for part in side_by_side(divergence_of, arguments))
+    return Score(variant.path, variant.fmt, total / sum(probe.tokens.size for probe in probes))
+
+
+def _late_scores(
+    sequence: BlockSequence,
+    batches: Sequence[mx.array],
+    last: Sequence[mx.array],
+    probes: Sequence[_Probe],
+    references: Sequence[mx.array],
+    options: Mapping[str, Sequence[Format]],
+    early: frozenset[str],
+    encode: Encoder,
+) -> Iterator[Score]:
+    """Measured divergence of each module after the blocks in each format."""
+    for path, module in outside_of(sequence.model, sequence.blocks).items():
+        if path in early or path not in options:
+            continue
+        calls = head_calls(sequence, path, module, batches, last)
+        statistics = gather(calls, experts_of(module), hessian=False) if calls else None
+        for fmt in options[path]:
+            # It changes logits alone, so the original's hidden states are the variant's too.
+            variant = _Variant(path, module, fmt, [], list(references))
+            yield _measured(sequence, variant, probes, references, encode(path, module.weight, fmt, statistics))
+
+
+def divergence(reference: mx.array, candidate: mx.array) -> mx.array:
+    """KL(reference || candidate) in nats for each token, from logits (..., vocabulary)."""
+    import mlx.core as mx
+
+    p, q = reference.astype(mx.float32), candidate.astype(mx.float32)
+    crossed = (mx.softmax(p, axis=-1) * (p - q)).sum(axis=-1)
+    return crossed - mx.logsumexp(p, axis=-1) + mx.logsumexp(q, axis=-1)

@@ -1,0 +1,95 @@
+"""The tokens that calibration runs on, and those held out from it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxq.calibration.streamed import StreamedModel
+from mlxq.calibration.text import SELF, TextInfo, TokenizedText, corpus_text, read_texts, sample_from, tokenize
+from mlxq.errors import BadInputError
+from mlxq.recipe import Calibration
+from mlxq.sources.base import ModelSource
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+SEQUENCE_TOKENS = 512
+# Sequences that pass through a block together.
+BATCH_SEQUENCES = 2
+# Every so many sequences one is held out, up to a number of tokens: choices are checked on text not chosen by.
+HOLD_OUT_EVERY = 6
+HELD_OUT_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class CalibrationText:
+    """``batches`` (sequences, SEQUENCE_TOKENS) to calibrate on and ``held_out`` to check on; ``info`` names both."""
+
+    info: TextInfo
+    batches: tuple[mx.array, ...]
+    held_out: tuple[mx.array, ...]
+
+
+def calibration_text(calibration: Calibration, streamed: StreamedModel) -> CalibrationText:
+    """The text that ``calibration`` names, in tokens of the model's tokenizer.
+
+    Raises BadInputError for a text that is missing or too short.
+    """
+    with tokenizer_of(streamed.source) as tokenizer:
+        text = _text(calibration, streamed, tokenizer)
+    ids = text.ids
+    held_rows = min(len(ids) // HOLD_OUT_EVERY, HELD_OUT_TOKENS // SEQUENCE_TOKENS)
+    held = {i * HOLD_OUT_EVERY + HOLD_OUT_EVERY - 1 for i in range(held_rows)} or {len(ids) - 1}
+    kept = [i for i in range(len(ids)) if i not in held][: max(1, calibration.tokens // SEQUENCE_TOKENS)]
+    return CalibrationText(text.info, _batches(ids[kept]), _batches(ids[sorted(held)]))
+
+
+def _batches(rows: Any) -> tuple[mx.array, ...]:
+    import mlx.core as mx
+
+    return tuple(mx.array(rows[i : i + BATCH_SEQUENCES]) for i in range(0, len(rows), BATCH_SEQUENCES))
+
+
+def _text(calibration: Calibration, streamed: StreamedModel, tokenizer: Any) -> TokenizedText:
+    # A row of ``tokenize`` has one token more than its sequence.
+    length = SEQUENCE_TOKENS - 1
+    limit = calibration.tokens + HELD_OUT_TOKENS
+    if calibration.texts == (SELF,):
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        with streamed.hold_all():
+            model = streamed.sequence.model
+            sequences = max(2, limit // SEQUENCE_TOKENS)
+            return sample_from(model, sequence_tokens=length, sequences=sequences, start_token=start)
+    if calibration.texts == ("builtin",):
+        text, name = corpus_text("calibration"), "shipped corpus (calibration)"
+    else:
+        files = [Path(text) for text in calibration.texts]
+        text, name = read_texts(files), ", ".join(file.name for file in files)
+    return tokenize(text, name, tokenizer, sequence_tokens=length, limit=limit)
+
+
+@contextmanager
+def tokenizer_of(source: ModelSource) -> Iterator[Any]:
+    """The source's tokenizer, from its folder or from the files it came with.
+
+    Raises BadInputError where it has none that opens.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory(prefix="mlxq-tokenizer-") as temporary:
+        folder = Path(temporary)
+        for name, content in source.sidecars.items():
+            (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        try:
+            yield AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError, ImportError) as exc:
+            first_line = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+            raise BadInputError(
+                f"{source.name}: its tokenizer does not open, and calibration needs it: {first_line}",
+                "Add its tokenizer files, or calibrate from the weights alone: calibration: {text: none}.",
+            ) from exc

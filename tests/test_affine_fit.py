@@ -1,0 +1,94 @@
+"""``fit`` must never lose to min/max rounding by its own measure, and must find a grid that is there."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from mlxq.methods import affine_fit
+from mlxq.methods.affine_fit import fit, group_weights
+from mlxq.methods.encoded import Encoded, decode, round_to_nearest
+from mlxq.methods.formats import Format
+
+FORMATS = [Format(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+
+
+def group_losses(weight: mx.array, encoded: Encoded, fmt: Format, weights: mx.array | None) -> mx.array:
+    error = (decode(encoded, fmt) - weight.astype(mx.float32)).reshape(*weight.shape[:-1], -1, fmt.group_size)
+    return (error * error * (1 if weights is None else weights)).sum(axis=-1)
+
+
+def heavy_tailed(shape: tuple[int, ...], seed: int, dtype: mx.Dtype = mx.bfloat16) -> mx.array:
+    normal = mx.random.normal(shape, key=mx.random.key(seed))
+    return (0.02 * normal * mx.exp(0.5 * mx.random.normal(shape, key=mx.random.key(seed + 1)))).astype(dtype)
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+def test_no_group_is_worse_than_min_max(fmt: Format, dtype: mx.Dtype) -> None:
+    weight = heavy_tailed((16, 256), seed=fmt.bits, dtype=dtype)
+    importance = mx.exp(2 * mx.random.normal((256,), key=mx.random.key(9)))
+    weights = group_weights(importance, fmt)
+    fitted = group_losses(weight, fit(weight, fmt, importance), fmt, weights)
+    rounded = group_losses(weight, round_to_nearest(weight, fmt), fmt, weights)
+    assert bool((fitted <= rounded * (1 + 1e-4) + 1e-14).all())
+    assert fitted.sum().item() < 0.97 * rounded.sum().item()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_a_grid_that_is_there_is_found(bits: int) -> None:
+    """Weights that are ``scale * q + bias`` with both end codes used, as Q4_1's are, come back almost exactly."""
+    key = mx.random.split(mx.random.key(bits), 3)
+    codes = mx.random.randint(0, 2**bits, (64, 8, 32), key=key[0])
+    codes = mx.concatenate([mx.zeros((64, 8, 1)), mx.full((64, 8, 1), 2**bits - 1), codes[..., 2:]], axis=-1)
+    scale = mx.random.uniform(0.01, 0.02, (64, 8, 1), key=key[1]).astype(mx.float16).astype(mx.float32)
+    low = -scale * 2 ** (bits - 1) * mx.random.uniform(0.8, 1.2, (64, 8, 1), key=key[2])
+    weight = (codes * scale + low.astype(mx.float16).astype(mx.float32)).reshape(64, 256)
+    fmt = Format(bits, 32)
+    ours = decode(fit(weight, fmt, dtype=mx.float16), fmt) - weight
+    theirs = decode(round_to_nearest(weight, fmt), fmt) - weight
+    assert mx.linalg.norm(ours).item() < 0.1 * mx.linalg.norm(theirs).item()
+
+
+def test_weights_move_the_error_to_columns_that_matter_less() -> None:
+    fmt = Format(3, 64)
+    weight = heavy_tailed((64, 64), seed=3)
+    importance = mx.where(mx.arange(64) < 8, 20.0, 1.0)
+    plain, weighted = (decode(fit(weight, fmt, h), fmt) - weight.astype(mx.float32) for h in (None, importance))
+    assert (weighted[:, :8] ** 2).sum().item() < 0.8 * (plain[:, :8] ** 2).sum().item()
+
+
+def test_concentrated_importance_is_bounded() -> None:
+    """One column with all the second moment must not turn the rest into noise."""
+    fmt = Format(4, 32)
+    weight = heavy_tailed((64, 32), seed=4)
+    importance = mx.where(mx.arange(32) == 5, 1e8, 1e-8)
+    assert group_weights(importance, fmt).min().item() == pytest.approx(affine_fit.WEIGHT_FLOOR)
+    plain, weighted = (decode(fit(weight, fmt, h), fmt) - weight.astype(mx.float32) for h in (None, importance))
+    assert (weighted**2).sum().item() < 3 * (plain**2).sum().item()
+
+
+def test_blocks_of_rows_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, fmt = heavy_tailed((2, 40, 128), seed=5), Format(4, 64)
+    importance = mx.random.uniform(0.1, 2, (2, 128), key=mx.random.key(6))
+    whole = fit(weight, fmt, importance)
+    monkeypatch.setattr(affine_fit, "BLOCK_ELEMENTS", 128 * 7)
+    blocks = fit(weight, fmt, importance)
+    assert all(mx.array_equal(a, blocks.arrays()[name]) for name, a in whole.arrays().items())
+    one = fit(weight[1], fmt, importance[1])
+    assert all(mx.array_equal(a, whole.arrays()[name][1]) for name, a in one.arrays().items())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("value", [0.0, 0.37, -1e-6])
+def test_constant_groups_survive(bits: int, value: float) -> None:
+    weight = mx.full((2, 64), value).astype(mx.bfloat16)
+    decoded = decode(fit(weight, Format(bits, 64), mx.zeros(64)), Format(bits, 64))
+    assert mx.allclose(decoded, weight.astype(mx.float32), rtol=4e-3, atol=1e-7)
+
+
+def test_stored_dtypes() -> None:
+    encoded = fit(heavy_tailed((4, 64), seed=7), Format(4, 64))
+    assert (encoded.weight.dtype, encoded.scales.dtype) == (mx.uint32, mx.bfloat16)
+    assert encoded.biases is not None
+    assert encoded.biases.dtype == mx.bfloat16

@@ -1,0 +1,215 @@
+"""Statistics and scores taken block by block must be those of the whole model."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_map_with_path
+
+from mlxq.calibration.blocks import BlockSequence, NotSequentialError, find_blocks, intercepted, outside_of, quantizable
+from mlxq.calibration.sensitivity import divergence, scores
+from mlxq.calibration.statistics import InputStatistics, experts_of, input_statistics
+from mlxq.methods.affine_fit import fit
+from mlxq.methods.encoded import decode
+from mlxq.methods.formats import Format
+
+COMMON = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 96,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 128,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False},
+    "qwen3": {"tie_word_embeddings": True},
+    "qwen3_moe": {
+        "tie_word_embeddings": False,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": True,
+    },
+}
+
+
+def small_model(model_type: str) -> nn.Module:
+    """A model of random float32 weights, the same each time."""
+    module = import_module(f"mlx_lm.models.{model_type}")
+    model = module.Model(module.ModelArgs.from_dict({"model_type": model_type, **COMMON, **MODELS[model_type]}))
+    keys = iter(mx.random.split(mx.random.key(0), 500))
+
+    def drawn(path: str, array: mx.array) -> mx.array:
+        if "norm" in path:
+            return mx.ones(array.shape)
+        return mx.random.normal(array.shape, key=next(keys)) * (1.5 / array.shape[-1] ** 0.5)
+
+    model.update(tree_map_with_path(drawn, model.parameters()))
+    mx.eval(model.parameters())
+    return model  # type: ignore[no-any-return]
+
+
+def text(sequences: int = 6) -> mx.array:
+    return mx.random.randint(0, 96, (sequences, 24), key=mx.random.key(7))
+
+
+def in_batches(tokens: mx.array, size: int) -> list[mx.array]:
+    return [tokens[start : start + size] for start in range(0, tokens.shape[0], size)]
+
+
+def fitted(path: str, weight: mx.array, fmt: Format, statistics: InputStatistics | None) -> mx.array:
+    return decode(fit(weight, fmt, None if statistics is None else statistics.second_moment), fmt)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_blocks_in_sequence_are_the_model(model_type: str) -> None:
+    model, tokens = small_model(model_type), text()
+    sequence = find_blocks(model)
+    assert list(sequence.blocks) == [f"model.layers.{index}" for index in range(3)]
+    entered = sequence.enter(tokens)
+    hidden = entered.hidden
+    for index in range(3):
+        hidden = sequence.run(index, hidden, entered)
+    assert mx.allclose(sequence.leave(tokens, hidden), model(tokens), atol=1e-4)
+    assert entered.before == {"model.embed_tokens"}
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_statistics_are_those_of_the_whole_pass(model_type: str) -> None:
+    model, tokens = small_model(model_type), text()
+    inputs: dict[str, tuple[Any, ...]] = {}
+
+    def keep(path: str, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inputs[path] = args
+        return call(*args, **kwargs)
+
+    inside = {path: m for path, m in quantizable(model).items() if path.startswith("model.layers")}
+    with intercepted(inside, keep):
+        model(tokens)
+    gathered = dict(input_statistics(find_blocks(model), in_batches(tokens, 4)))
+    assert set(gathered) - {"lm_head"} == set(inside)
+    for path, module in inside.items():
+        if experts_of(module) is None:
+            rows = inputs[path][0].reshape(-1, inputs[path][0].shape[-1])
+            assert mx.allclose(gathered[path].hessian, rows.T @ rows / rows.shape[0], rtol=1e-3, atol=1e-4)
+            assert gathered[path].tokens == tokens.size
+
+
+def test_each_expert_has_its_own_statistics() -> None:
+    model = small_model("qwen3_moe")
+    gathered = dict(input_statistics(find_blocks(model), in_batches(text(), 3)))
+    experts = gathered["model.layers.1.mlp.switch_mlp.down_proj"]
+    assert experts.hessian.shape == (4, 64, 64)
+    assert experts.tokens == 2 * text().size
+    assert not mx.allclose(experts.hessian[0], experts.hessian[1], rtol=0.05)
+    assert bool((experts.second_moment > 0).all())
+
+
+def whole_pass_scores(model: nn.Module, tokens: mx.array, path: str, change: mx.array) -> float:
+    """Half the mean over tokens of (g . D x)^2 by a gradient through the whole model, with the labels of ``scores``."""
+    module = quantizable(model)[path]
+    total = 0.0
+    for row in range(tokens.shape[0]):
+        line = tokens[row : row + 1]
+        key = mx.random.split(mx.random.key(0), 2)[1] + line.sum().astype(mx.uint32)
+        logits = model(line)
+        labels = mx.random.categorical(logits - mx.logsumexp(logits, axis=-1, keepdims=True), key=key)
+        seen: list[mx.array] = []
+
+        def likelihood(probe: mx.array, line: mx.array = line, labels: mx.array = labels) -> mx.array:
+            def add(name: str, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+                return call(*args, **kwargs) + probe
+
+            with intercepted({path: module}, add):
+                logits = model(line)
+            logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+            return mx.take_along_axis(logits, labels[..., None], axis=-1).sum()
+
+        def keep(name: str, call: Any, args: tuple[Any, ...], kwargs: dict[str, Any], seen: Any = seen) -> Any:
+            seen.append(args[0])
+            return call(*args, **kwargs)
+
+        with intercepted({path: module}, keep):
+            model(line)
+        gradient = mx.grad(likelihood)(mx.zeros((1, line.shape[1], module.weight.shape[0])))
+        effect = (gradient * (seen[0] @ change.T)).sum(axis=-1)
+        total += (effect * effect).sum().item()
+    return 0.5 * total / tokens.size
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_scores_are_those_of_the_whole_pass(model_type: str) -> None:
+    model, tokens, fmt = small_model(model_type), text(), Format(3, 64)
+    paths = ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj", "model.layers.2.mlp.down_proj"]
+
+    def plain(path: str, weight: mx.array, fmt: Format, statistics: InputStatistics | None) -> mx.array:
+        return decode(fit(weight, fmt), fmt)
+
+    found = {
+        s.path: s.divergence
+        for s in scores(find_blocks(model), in_batches(tokens, 4), {p: [fmt] for p in paths}, plain)
+    }
+    for path in paths:
+        weight = quantizable(model)[path].weight
+        change = decode(fit(weight, fmt), fmt) - weight
+        assert found[path] == pytest.approx(whole_pass_scores(model, tokens, path, change), rel=1e-2)
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_scores_rise_as_bits_fall_and_leave_the_model_alone(model_type: str) -> None:
+    model, tokens = small_model(model_type), text(2)
+    before = model(tokens)
+    options = {path: [Format(bits, 32) for bits in (2, 4, 8)] for path in quantizable(model)}
+    table: dict[str, list[float]] = {}
+    for score in scores(find_blocks(model), in_batches(tokens, 2), options, fitted):
+        table.setdefault(score.path, []).append(score.divergence)
+    assert set(table) == set(options)
+    assert all(two > four > eight >= 0 for two, four, eight in table.values())
+    assert mx.array_equal(model(tokens), before)
+
+
+def test_the_sum_of_scores_predicts_the_divergence() -> None:
+    model, tokens, fmt = small_model("llama"), text(32), Format(6, 64)
+    reference = model(tokens)
+    options = {path: [fmt] for path in quantizable(model)}
+    predicted = sum(s.divergence for s in scores(find_blocks(model), in_batches(tokens, 8), options, fitted))
+    for module in quantizable(model).values():
+        module.weight = decode(fit(module.weight, fmt), fmt)
+    assert predicted == pytest.approx(divergence(reference, model(tokens)).mean().item(), rel=0.4)
+
+
+def test_outside_holds_what_no_block_does() -> None:
+    model = small_model("llama")
+    assert set(outside_of(model, find_blocks(model).blocks)) == {"model.embed_tokens", "lm_head"}
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(NotSequentialError, match="no list of blocks"):
+        find_blocks(nn.Linear(4, 4))
+
+
+def test_blocks_called_out_of_sequence_are_refused() -> None:
+    class Parallel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = [nn.Linear(4, 4), nn.Linear(4, 4)]
+
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.layers[0](x) + self.layers[1](x)
+
+    model = Parallel()
+    sequence = BlockSequence(model, {f"layers.{index}": layer for index, layer in enumerate(model.layers)})
+    with pytest.raises(NotSequentialError, match=r"layers\.1 is not called on the output"):
+        sequence.enter(mx.ones((1, 4)))
+    assert type(model.layers[0]) is nn.Linear

@@ -1,0 +1,134 @@
+"""Plans: shards, what the model asks for, what never changes dtype, and widths that no group divides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+
+import mlxq.plan
+from mlxq.errors import RecipeError
+from mlxq.methods.formats import Format
+from mlxq.pipeline import Options, prepare
+from mlxq.plan import Decision, Plan
+from mlxq.recipe import load_recipe, recipe_from_dict
+from tests.checkpoints import llama, save
+from tests.test_bit_identity import assert_same_bits, checkpoint, quantize, tensors
+from tests.test_foreign import DEEPSEEK, deepseek_weights
+
+GATE = "model.layers.0.mlp.gate"
+
+
+def plan_of(model: Path, rules: list[dict[str, Any]], **options: Any) -> Plan:
+    recipe = recipe_from_dict({"default": {"bits": 4}, "rules": rules, **options}, "test")
+    return prepare(recipe, str(model), Options())
+
+
+def decision(plan: Plan, path: str) -> Decision:
+    return next(d for d in plan.decisions if d.path == path)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_many_shards_hold_what_one_file_holds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = checkpoint(tmp_path / "model", name)
+    quantize(model, tmp_path / "one", load_recipe("4bit"))
+    monkeypatch.setattr(mlxq.plan, "SHARD_BYTES", 30_000)
+    plan = prepare(load_recipe("4bit"), str(model), Options())
+    quantize(model, tmp_path / "many", load_recipe("4bit"))
+    files = sorted((tmp_path / "many").glob("model*.safetensors"))
+    assert len(files) > 3
+    assert [f.name for f in files] == [
+        f"model-{i:05d}-of-{len(files):05d}.safetensors" for i in range(1, len(files) + 1)
+    ]
+    assert [f.stat().st_size for f in files] == [shard.nbytes for shard in plan.shards]
+    largest = max(sum(spec.nbytes for spec in step.outputs) for step in plan.steps)
+    assert all(shard.nbytes - len(shard.header) <= max(30_000, largest) for shard in plan.shards)
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: file.name for file in files for name in sorted(mx.load(str(file)))}
+    assert list(index["weight_map"]) == sorted(index["weight_map"])
+    assert index["metadata"]["total_size"] == sum(a.nbytes for a in tensors(tmp_path / "many").values())
+    assert_same_bits(tmp_path / "one", tmp_path / "many")
+    ids = mx.array([[3, 4, 5]])
+    one, many = (mlx_lm.load(str(tmp_path / folder))[0](ids) for folder in ("one", "many"))
+    assert mx.array_equal(one, many).item()
+
+
+def test_what_must_keep_its_dtype_keeps_it(tmp_path: Path) -> None:
+    weights = deepseek_weights()
+    kept = "model.layers.1.mlp.gate.e_score_correction_bias"
+    weights[kept] = mx.array([1.0001, 2.0002, 3.0003, 4.0004])
+    model = save(tmp_path / "model", DEEPSEEK, weights)
+    recipe = recipe_from_dict({"dtype": "float16", "default": {"bits": 4}}, "test")
+    quantize(model, tmp_path / "ours", recipe)
+    mlx_lm.convert(str(model), str(tmp_path / "theirs"), quantize=True, q_bits=4, q_group_size=64, dtype="float16")
+    assert_same_bits(tmp_path / "ours", tmp_path / "theirs")
+    written = tensors(tmp_path / "ours")
+    assert mx.array_equal(written[kept], weights[kept]).item()
+    assert written["model.norm.weight"].dtype == mx.float16
+
+
+@pytest.mark.parametrize(
+    ("rules", "expected"),
+    [
+        ([], Format(8, 64)),
+        ([{"match": "*", "bits": 3}], Format(8, 64)),
+        ([{"match": "re:.*gate.*", "bits": 2}], Format(8, 64)),
+        ([{"match": "*.gate*", "bits": 3}], Format(8, 64)),
+        ([{"match": "*", "mode": "mxfp4"}], Format(8, 64)),
+        ([{"match": "mlp.gate", "bits": 4}], Format(4, 64)),
+        ([{"match": "*.mlp.gate", "bits": 4, "group_size": 32}], Format(4, 32)),
+        ([{"match": GATE, "bits": 6}], Format(6, 64)),
+        ([{"match": "mlp.gate", "keep": True}], None),
+        ([{"match": "*", "keep": True}], None),
+    ],
+)
+def test_only_a_rule_that_names_a_router_goes_below_what_the_model_asks(
+    rules: list[dict[str, Any]], expected: Format | None, tmp_path: Path
+) -> None:
+    plan = plan_of(checkpoint(tmp_path / "model", "qwen3_moe"), rules)
+    found = decision(plan, GATE)
+    assert found.format == expected
+    assert found.asked == "8:64"
+    assert (found.by == "the model asks for it") == (expected == Format(8, 64))
+
+
+@pytest.mark.parametrize(
+    ("match", "expected"), [("*", None), ("re:.*g_proj", None), ("*.g_*", None), ("g_proj", Format(8, 64))]
+)
+def test_what_the_model_wants_left_alone_is_quantized_only_by_name(
+    match: str, expected: Format | None, tmp_path: Path
+) -> None:
+    model = checkpoint(tmp_path / "model", "spark2_5_asks_to_leave_alone")
+    found = decision(plan_of(model, [{"match": match, "bits": 8}]), "model.layers.0.self_attn.g_proj")
+    assert found.format == expected
+    assert found.asked == "not quantized"
+
+
+def test_a_width_that_no_group_divides(tmp_path: Path) -> None:
+    model = llama(tmp_path / "model", intermediate_size=160)
+    plan = plan_of(model, [{"match": "up_proj", "group_size": 128, "bits": 4}])
+    down = decision(plan, "model.layers.0.mlp.down_proj")
+    assert down.format == Format(4, 32)
+    assert down.misfit
+    assert "160" in str(down.note)
+    assert [d.path for d in plan.decisions if d.misfit] == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
+    with pytest.raises(RecipeError) as caught:
+        plan_of(model, [], strict=True)
+    assert len(caught.value.faults) == 2
+    kept = plan_of(llama(tmp_path / "odd", intermediate_size=144), [])
+    assert decision(kept, "model.layers.0.mlp.down_proj").format is None
+    assert decision(kept, "model.layers.0.mlp.down_proj").misfit
+    assert kept.config["quantization"]["model.layers.0.mlp.down_proj"] is False
+
+
+def test_a_tied_head_named_in_strict_mode_is_no_misfit(tmp_path: Path) -> None:
+    model = llama(tmp_path / "model", tie_word_embeddings=True)
+    plan = plan_of(model, [{"match": "lm_head", "bits": 6}], strict=True)
+    found = decision(plan, "model.embed_tokens")
+    assert found.format == Format(6, 64)
+    assert found.note
+    assert not found.misfit
