@@ -271,13 +271,20 @@ def _done(report: Mapping[str, Any]) -> str:
             f" {value_text('size_bytes', nbytes)} |"
         )
     versions = ", ".join(f"{tool} {version}" for tool, version in report["versions"].items())
-    text = report["recipe"]["text"].rstrip()
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`{3,}", text))])
     lines = ["## What was done", "", "| modules | stored as | bits per weight | size |", "|---|---|---:|---:|", *rows]
     if report["notes"]:
         lines += ["", *(f"- {note}" for note in report["notes"])]
-    lines += ["", f"Versions: {versions}.", "", f"<details><summary>Recipe: {report['recipe']['name']}</summary>", ""]
-    return "\n".join([*lines, f"{fence}yaml", text, fence, "", "</details>"])
+    recipe = report["recipe"]
+    written = _folded(f"Recipe: {recipe['name']}", recipe["text"])
+    resolved = _folded("The same with all that it extends, and with --set", _dump(recipe["resolved"]))
+    return "\n".join([*lines, "", f"Versions: {versions}.", "", written, "", resolved])
+
+
+def _folded(title: str, text: str) -> str:
+    """YAML that unfolds at a click, in a fence longer than any in it."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`{3,}", text))])
+    lines = [f"<details><summary>{title}</summary>", "", f"{fence}yaml", text.rstrip(), fence, "", "</details>"]
+    return "\n".join(lines)
 
 
 def _stored_as(module: Mapping[str, Any]) -> str:
@@ -285,7 +292,10 @@ def _stored_as(module: Mapping[str, Any]) -> str:
     if fmt is None:
         return str(module["dtype"])
     mode = "" if fmt["mode"] == "affine" else f"{fmt['mode']}, "
-    return f"{mode}{fmt['bits']} bits, groups of {fmt['group_size']}"
+    # Reports from before methods were recorded have rounding alone.
+    method = module.get("method", "rtn")
+    how = "" if method == "rtn" else f", by {method}"
+    return f"{mode}{fmt['bits']} bits, groups of {fmt['group_size']}{how}"
 
 
 def _measured(report: Mapping[str, Any], plot: str | None) -> str | None:
