@@ -28,7 +28,7 @@ _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag
 _DROPPED_TAGS = {"gguf", "pytorch", "tf", "jax", "onnx", "transformers", "endpoints_compatible"}
 _MEASURED = (
     ("kl_mean", "KL divergence from the original, mean per token, nats"),
-    ("kl_p99", "KL divergence that 99% of tokens stay under, nats"),
+    ("kl_p99", "KL divergence, 99% of tokens are below, nats"),
     ("top1_agreement", "Most likely token is the original's"),
     ("ppl", "Perplexity"),
     ("ppl_ratio", "Perplexity, change from the original"),
@@ -214,10 +214,11 @@ def _around_section(text: str) -> tuple[str, bool, str]:
 def _summary(report: Mapping[str, Any]) -> str:
     metrics = report["metrics"]
     size, before = metrics["size_bytes"], metrics["source_bytes"]
+    kind = " of GGUF" if report["source"]["kind"] == "gguf" else ""
     return (
         f"{_origin(report)} for [MLX](https://github.com/ml-explore/mlx): "
         f"**{metrics['bits_per_weight']:.2f} bits per weight, {value_text('size_bytes', size)}** "
-        f"(from {value_text('size_bytes', before)}). Made with mlxq."
+        f"(from {value_text('size_bytes', before)}{kind}). Made with mlxq."
     )
 
 
@@ -270,13 +271,20 @@ def _done(report: Mapping[str, Any]) -> str:
             f" {value_text('size_bytes', nbytes)} |"
         )
     versions = ", ".join(f"{tool} {version}" for tool, version in report["versions"].items())
-    text = report["recipe"]["text"].rstrip()
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`{3,}", text))])
     lines = ["## What was done", "", "| modules | stored as | bits per weight | size |", "|---|---|---:|---:|", *rows]
     if report["notes"]:
         lines += ["", *(f"- {note}" for note in report["notes"])]
-    lines += ["", f"Versions: {versions}.", "", f"<details><summary>Recipe: {report['recipe']['name']}</summary>", ""]
-    return "\n".join([*lines, f"{fence}yaml", text, fence, "", "</details>"])
+    recipe = report["recipe"]
+    written = _folded(f"Recipe: {recipe['name']}", recipe["text"])
+    resolved = _folded("The same with all that it extends, and with --set", _dump(recipe["resolved"]))
+    return "\n".join([*lines, "", f"Versions: {versions}.", "", written, "", resolved])
+
+
+def _folded(title: str, text: str) -> str:
+    """YAML that unfolds at a click, in a fence longer than any in it."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`{3,}", text))])
+    lines = [f"<details><summary>{title}</summary>", "", f"{fence}yaml", text.rstrip(), fence, "", "</details>"]
+    return "\n".join(lines)
 
 
 def _stored_as(module: Mapping[str, Any]) -> str:
@@ -284,7 +292,10 @@ def _stored_as(module: Mapping[str, Any]) -> str:
     if fmt is None:
         return str(module["dtype"])
     mode = "" if fmt["mode"] == "affine" else f"{fmt['mode']}, "
-    return f"{mode}{fmt['bits']} bits, groups of {fmt['group_size']}"
+    # Reports from before methods were recorded have rounding alone.
+    method = module.get("method", "rtn")
+    how = "" if method == "rtn" else f", by {method}"
+    return f"{mode}{fmt['bits']} bits, groups of {fmt['group_size']}{how}"
 
 
 def _measured(report: Mapping[str, Any], plot: str | None) -> str | None:
@@ -293,9 +304,11 @@ def _measured(report: Mapping[str, Any], plot: str | None) -> str | None:
         return None
     rows = [(label, _value(found, name)) for name, label in _MEASURED]
     text = found["text"]
+    # A GGUF file is a quantization of the model it names, not that model.
+    reference = "that GGUF file" if report["source"]["kind"] == "gguf" else _origin(report)
     verdict = str(found["verdict"]).removeprefix(f"{found['name']} is ")
     notes = [
-        f"Compared with {_origin(report)} by `mlxq compare` on {text['name']}, {text['tokens']} tokens, "
+        f"Compared with {reference} by `mlxq compare` on {text['name']}, {text['tokens']} tokens, "
         f"SHA-256 `{text['sha256'][:16]}`.",
         *found["notes"],
     ]
@@ -327,7 +340,8 @@ def _value(found: Mapping[str, Any], name: str) -> str | None:
 def _reproduce(report: Mapping[str, Any], name: str) -> str:
     source = report["source"]
     known = source["base_model"] and source["revision"]
-    command = f"mlxq quantize --locked mlxq.json{'' if known else ' --model FOLDER-OF-THE-ORIGINAL'} -o rebuilt"
+    where = "" if known or source["name"] == "sample" else " --model THE-ORIGINAL"
+    command = f"mlxq quantize --locked mlxq.json{where} -o rebuilt"
     if "/" in name:
         command = f"hf download {name} mlxq.json --local-dir . && {command}"
     at = f", of commit `{source['revision']}`" if known else ""

@@ -11,6 +11,7 @@ import json
 import os
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -490,12 +491,19 @@ def _chain(exc: BaseException) -> Iterator[BaseException]:
 
 
 def _from_the_hub(exc: Exception) -> bool:
-    """Whether ``huggingface_hub``, or the HTTP library under it (which differs by version), raised it."""
+    """Whether ``huggingface_hub`` raised it, or what it stands on: an HTTP library by version, or ``hf_xet``.
+
+    ``hf_xet`` raises plain OSError and RuntimeError, which are known by where they came from.
+    """
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    known = (HfHubHTTPError, OfflineModeIsEnabled)
-    http = {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}
-    return any(isinstance(e, known) or type(e).__module__.partition(".")[0] in http for e in _chain(exc))
+    def known(each: BaseException) -> bool:
+        http = type(each).__module__.partition(".")[0] in {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}
+        return http or isinstance(each, HfHubHTTPError | OfflineModeIsEnabled)
+
+    raised_in = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(exc.__traceback__)}
+    inside = any(name.startswith("huggingface_hub") for name in raised_in)
+    return any(known(each) for each in _chain(exc)) or (inside and isinstance(exc, OSError | RuntimeError))
 
 
 def _offline(exc: Exception) -> bool:
@@ -536,7 +544,8 @@ def _explained(exc: Exception, target: Target) -> MlxqError:
         return BadInputError("HF_HUB_OFFLINE is set, and publishing needs the Hub", "Unset it.")
     response = _response(exc)
     if response is None:
-        return MlxqError(f"the connection to the Hub broke while publishing {target.repo}", again)
+        *_, root = _chain(exc)
+        return MlxqError(f"the connection to the Hub broke while publishing {target.repo}: {_said(root)}", again)
     status = response.status_code
     if any(isinstance(e, GatedRepoError) for e in _chain(exc)):
         return BadInputError(
@@ -562,7 +571,7 @@ def _explained(exc: Exception, target: Target) -> MlxqError:
     return BadInputError(f"the Hub refused ({status}): {_said(exc)}")
 
 
-def _said(exc: Exception) -> str:
+def _said(exc: BaseException) -> str:
     """The Hub's own words."""
     words = (getattr(each, "server_message", None) for each in _chain(exc))
     return " ".join(str(next((said for said in words if said), exc)).split())[:300]

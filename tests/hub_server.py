@@ -581,7 +581,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.writable(repo_id, self.token)
         with self.hub.lock:
             if repo_id in self.hub.repos:
-                raise RefusedError(409, "You already created this model repo")
+                # The client reads the address even then.
+                self.send_json(
+                    {"error": "You already created this model repo", "url": f"{self.hub.url}/{repo_id}"}, 409
+                )
+                return
             private = asked.get("visibility") == "private" or bool(asked.get("private"))
             self.hub.create(repo_id, private=private)
         self.send_json({"url": f"{self.hub.url}/{repo_id}", "name": repo_id, "id": repo_id})

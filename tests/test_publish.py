@@ -327,6 +327,11 @@ def test_a_known_source_is_named(model: Path) -> None:
     assert front_matter(text)["base_model"] == "meta/original"
     assert front_matter(text)["base_model_relation"] == "quantized"
     assert f"of commit `{'a' * 40}`" in text
+    report["modules"][1]["method"] = "gptq"
+    report["recipe"]["resolved"]["method"] = "gptq"
+    text = card.render(card.make_card(report, "org/tiny", model))
+    assert "| `model.layers.0.self_attn.q_proj` | 4 bits, groups of 64, by gptq |" in text
+    assert "\nmethod: gptq\n" in text
     assert "--model" not in text.partition("## Make it again")[2]
 
 

@@ -85,7 +85,7 @@ def command(
     from mlxq.errors import BadInputError, MlxqError
 
     _check_together(recipe, locked, sets, bpw, size, frontier, plot)
-    spending = None
+    spending = target = None
     if locked is not None:
         from mlxq.runtime import load_blas
 
@@ -99,6 +99,13 @@ def command(
     else:
         assert recipe is not None
         loaded, name = _asked(recipe, model, bpw, size, sets or ())
+        if upload and not (dry_run or frontier or why is not None):
+            target = loaded.upload
+        if target is not None:
+            from mlxq.publish import check_login
+
+            # Said now, not after hours of work.
+            check_login()
         from mlxq.runtime import load_blas
 
         load_blas()
@@ -132,11 +139,6 @@ def command(
     if dry_run or why is not None:
         show_plan(plan, out=out, why=why, as_json=as_json, quiet=quiet)
         return
-    target = plan.recipe.upload if upload else None
-    if target is not None:
-        from mlxq.publish import check_login
-
-        check_login()
     finished = write_model(plan, out, options, force=force, generate=generate, as_json=as_json, quiet=quiet)
     if plan.recipe.gates:
         from mlxq.cli.compare import check_recipe_gates
