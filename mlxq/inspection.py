@@ -201,7 +201,7 @@ def inspect_model(source: ModelSource, context: int) -> Inspection:
         tied_embeddings=tied,
         embedding=embedding,
         tied_head=embedding if tied else None,
-        tokenizer=_tokenizer(source.sidecars),
+        tokenizer=_tokenizer(source.sidecars, source.config),
         modules=modules,
         context=context,
         kv_cache_bytes=kv_cache_bytes(config, context),
@@ -383,8 +383,11 @@ def _quantization(source: ModelSource) -> Quantization | None:
     return None
 
 
-def _tokenizer(sidecars: Mapping[str, Path | bytes]) -> TokenizerFacts:
-    """Facts from ``tokenizer.json``, ``tokenizer_config.json`` and the chat template's own file."""
+def _tokenizer(sidecars: Mapping[str, Path | bytes], config: Mapping[str, Any]) -> TokenizerFacts:
+    """Facts from ``tokenizer.json``, ``tokenizer_config.json`` and the chat template's own file.
+
+    Where the first is not there (a large one on the Hub is not fetched to look at a model), the config's vocabulary.
+    """
     tokenizer = _json_sidecar(sidecars, "tokenizer.json")
     settings = _json_sidecar(sidecars, "tokenizer_config.json")
     model = tokenizer.get("model") or {}
@@ -394,7 +397,7 @@ def _tokenizer(sidecars: Mapping[str, Path | bytes]) -> TokenizerFacts:
     template = "chat_template.jinja" in sidecars or "chat_template.json" in sidecars
     return TokenizerFacts(
         kind=model.get("type") or settings.get("tokenizer_class"),
-        vocabulary=len(ids) or None,
+        vocabulary=len(ids) or first_int(config, "vocab_size"),
         chat_template=template or bool(settings.get("chat_template")),
     )
 

@@ -75,10 +75,18 @@ class Allocated:
 
 
 def prepare(
-    recipe: Recipe, model: str, options: Options, *, allocated: Mapping[str, Format | None] | None = None
+    recipe: Recipe,
+    model: str,
+    options: Options,
+    *,
+    allocated: Mapping[str, Format | None] | None = None,
+    headers_only: bool = False,
 ) -> Plan:
-    """Everything up to the plan, from headers only; ``allocated`` are formats that a budget came to earlier."""
-    source = resolve(model)
+    """Everything up to the plan, from headers only; ``allocated`` are formats that a budget came to earlier.
+
+    Of a Hub id the weights are fetched first, so that they can be read, unless ``headers_only``.
+    """
+    source = resolve(model, headers_only=headers_only, code=options.trust_remote_code)
     architecture = bind(source, trust_remote_code=options.trust_remote_code)
     remarks: tuple[str, ...] = ()
     if recipe.method != "rtn" and recipe.calibration.has_text:

@@ -10,10 +10,8 @@ import hashlib
 import json
 import os
 import tempfile
-import time
-import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mlxq import __version__, card
 from mlxq.architecture import open_lazily
 from mlxq.errors import BadInputError, MlxqError
+from mlxq.patience import TRIES, Waiting, chain, no_progress_bars, offline, patiently, response_of, said
 from mlxq.report import FILE_NAME, hash_files, read_report, report_bytes
 from mlxq.target import Target, target_faults
 
@@ -32,8 +31,6 @@ PLOT = "mlxq-comparison.png"
 _DRAWN = (card.FILE_NAME, PLOT)
 # What mlx-lm would load beside the new weights, were it left from an earlier upload.
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
-_TRIES = 5
-_LONGEST_WAIT_S = 900.0
 _T = TypeVar("_T")
 
 
@@ -104,14 +101,6 @@ class Step:
     """What is being done, in words."""
 
     what: str
-
-
-@dataclass(frozen=True)
-class Waiting:
-    """The Hub asked for patience, or could not be reached: the same is tried again in ``seconds``."""
-
-    seconds: float
-    reason: str
 
 
 @dataclass(frozen=True)
@@ -187,7 +176,7 @@ def preview(checked: Checked, target: Target, *, force: bool = False) -> Generat
 
     Raises BadInputError where it would be refused, MlxqError where the Hub cannot be asked.
     """
-    outlook = yield from _patiently(lambda: _look(checked, target, force=force), target)
+    outlook = yield from _ask(lambda: _look(checked, target, force=force), target)
     _refuse(outlook.remote, target, force=force)
     return outlook
 
@@ -206,18 +195,16 @@ def publish(checked: Checked, target: Target, *, force: bool = False) -> Iterato
     created = not outlook.remote.exists
     if created:
         yield Step(f"creating {target.repo}")
-        yield from _patiently(
-            lambda: api.create_repo(target.repo, private=target.private or None, exist_ok=True), target
-        )
+        yield from _ask(lambda: api.create_repo(target.repo, private=target.private or None, exist_ok=True), target)
     if not outlook.remote.branch_exists and target.branch != "main":
         yield Step(f"creating branch {target.branch}")
-        yield from _patiently(lambda: api.create_branch(target.repo, branch=target.branch, exist_ok=True), target)
+        yield from _ask(lambda: api.create_branch(target.repo, branch=target.branch, exist_ok=True), target)
     sent = outlook.named("new", "changed")
     size = sum(change.size_bytes for change in sent)
     if sent:
         yield Step(f"sending {len(sent)} files, {size / 1e6:,.1f} MB")
-    done = yield from _patiently(lambda: _send(checked, target, force=force), target)
-    after = yield from _patiently(lambda: _files_of(api, target.repo, done.reference), target)
+    done = yield from _ask(lambda: _send(checked, target, force=force), target)
+    after = yield from _ask(lambda: _files_of(api, target.repo, done.reference), target)
     _prove(checked, done.drawn, after, target)
     _keep(done.drawn, checked.folder)
     if target.collection:
@@ -294,7 +281,7 @@ def _files_of(api: HfApi, repo: str, revision: str) -> dict[str, RemoteFile]:
 def _remote_text(api: HfApi, target: Target, remote: Remote, name: str) -> str | None:
     if name not in remote.files:
         return None
-    with _no_progress_bars():
+    with no_progress_bars():
         return card.as_text(Path(api.hf_hub_download(target.repo, name, revision=remote.commit)).read_bytes())
 
 
@@ -431,7 +418,7 @@ def _add_to_collection(api: HfApi, target: Target) -> Generator[Waiting, None, N
     assert target.collection is not None
     slug = target.collection
     try:
-        yield from _patiently(
+        yield from _ask(
             lambda: api.add_collection_item(slug, item_id=target.repo, item_type="model", exists_ok=True), target
         )
     except MlxqError as exc:
@@ -450,89 +437,9 @@ def _api() -> HfApi:
     return HfApi(library_name="mlxq", library_version=__version__)
 
 
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """For files too small for a bar."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
-
-
-def _patiently(call: Callable[[], _T], target: Target) -> Generator[Waiting, None, _T]:
-    """Call the Hub; wait and call again where it asks to, has trouble of its own, or was cut off."""
-    tries = 0
-    while True:
-        tries += 1
-        try:
-            return call()
-        except Exception as exc:
-            if not _from_the_hub(exc):
-                raise
-            wait = _wait(exc, tries, target)
-            if wait is None or tries >= _TRIES:
-                raise _explained(exc, target) from exc
-            yield wait
-            time.sleep(wait.seconds)
-
-
-def _chain(exc: BaseException) -> Iterator[BaseException]:
-    """An exception, then what it was raised from, and so on."""
-    current: BaseException | None = exc
-    while current is not None:
-        yield current
-        current = current.__cause__ or current.__context__
-
-
-def _from_the_hub(exc: Exception) -> bool:
-    """Whether ``huggingface_hub`` raised it, or what it stands on: an HTTP library by version, or ``hf_xet``.
-
-    ``hf_xet`` raises plain OSError and RuntimeError, which are known by where they came from.
-    """
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-
-    def known(each: BaseException) -> bool:
-        http = type(each).__module__.partition(".")[0] in {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}
-        return http or isinstance(each, HfHubHTTPError | OfflineModeIsEnabled)
-
-    raised_in = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(exc.__traceback__)}
-    inside = any(name.startswith("huggingface_hub") for name in raised_in)
-    return any(known(each) for each in _chain(exc)) or (inside and isinstance(exc, OSError | RuntimeError))
-
-
-def _offline(exc: Exception) -> bool:
-    from huggingface_hub.errors import OfflineModeIsEnabled
-
-    return any(isinstance(e, OfflineModeIsEnabled) for e in _chain(exc))
-
-
-def _response(exc: BaseException) -> Any:
-    """The Hub's answer behind an exception, or None where there was none."""
-    answers = (getattr(each, "response", None) for each in _chain(exc))
-    return next((answer for answer in answers if answer is not None), None)
-
-
-def _wait(exc: Exception, tries: int, target: Target) -> Waiting | None:
-    """How long to wait before trying again; None where that would not help."""
-    response = _response(exc)
-    if response is not None and response.status_code == 429:
-        asked = str(response.headers.get("Retry-After", ""))
-        seconds = float(asked) if asked.isdigit() else 15.0 * tries
-        return Waiting(seconds, "the Hub limits how often it may be asked") if seconds <= _LONGEST_WAIT_S else None
-    if target.create_pr or _offline(exc):
-        # The answer may be lost and not the request: a second try could open a second pull request.
-        return None
-    if response is None:
-        return Waiting(2.0 ** (tries - 1), "the connection to the Hub broke")
-    if response.status_code >= 500:
-        return Waiting(2.0 ** (tries - 1), f"the Hub answered {response.status_code}")
-    return None
+def _ask(call: Callable[[], _T], target: Target) -> Generator[Waiting, None, _T]:
+    # The answer may be lost and not the request: a second try could open a second pull request.
+    return patiently(call, lambda exc: _explained(exc, target), repeatable=not target.create_pr)
 
 
 def _explained(exc: Exception, target: Target) -> MlxqError:
@@ -540,14 +447,14 @@ def _explained(exc: Exception, target: Target) -> MlxqError:
     from huggingface_hub.errors import GatedRepoError
 
     again = "Run the same command again: what the Hub has is not sent again."
-    if _offline(exc):
+    if offline(exc):
         return BadInputError("HF_HUB_OFFLINE is set, and publishing needs the Hub", "Unset it.")
-    response = _response(exc)
+    response = response_of(exc)
     if response is None:
-        *_, root = _chain(exc)
-        return MlxqError(f"the connection to the Hub broke while publishing {target.repo}: {_said(root)}", again)
+        *_, root = chain(exc)
+        return MlxqError(f"the connection to the Hub broke while publishing {target.repo}: {said(root)}", again)
     status = response.status_code
-    if any(isinstance(e, GatedRepoError) for e in _chain(exc)):
+    if any(isinstance(e, GatedRepoError) for e in chain(exc)):
         return BadInputError(
             f"{target.repo} is gated, and your login was not let in", "Open its page on the Hub and accept its terms."
         )
@@ -561,17 +468,11 @@ def _explained(exc: Exception, target: Target) -> MlxqError:
             "Use a token with write rights to it (https://huggingface.co/settings/tokens), or try --create-pr.",
         )
     if status == 404:
-        return BadInputError(f"the Hub knows nothing by that name: {_said(exc)}", "Check the spelling.")
+        return BadInputError(f"the Hub knows nothing by that name: {said(exc)}", "Check the spelling.")
     if status in (409, 412):
         return MlxqError(f"{target.repo} was changed by somebody else meanwhile", again)
     if status == 429:
-        return MlxqError(f"the Hub still limits how often it may be asked, after {_TRIES} tries", again)
+        return MlxqError(f"the Hub still limits how often it may be asked, after {TRIES} tries", again)
     if status >= 500:
         return MlxqError(f"the Hub has trouble of its own: it answered {status}", again)
-    return BadInputError(f"the Hub refused ({status}): {_said(exc)}")
-
-
-def _said(exc: BaseException) -> str:
-    """The Hub's own words."""
-    words = (getattr(each, "server_message", None) for each in _chain(exc))
-    return " ".join(str(next((said for said in words if said), exc)).split())[:300]
+    return BadInputError(f"the Hub refused ({status}): {said(exc)}")

@@ -27,6 +27,7 @@ FLOORS = (
         "fold",
         "devices",
         "runtime",
+        "patience",
     ),
     ("sources", "inspection", "fit"),
     ("architecture",),

@@ -55,7 +55,7 @@ def command(
     out = output or default_output(recipe, model)
     if not dry_run and out.exists() and not force:
         raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-    plan = prepare(recipe, model, options)
+    plan = prepare(recipe, model, options, headers_only=dry_run)
     if dry_run:
         show_plan(plan, out=out, why=None, as_json=as_json, quiet=quiet)
     else:

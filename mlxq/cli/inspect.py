@@ -50,7 +50,7 @@ def command(
         load_blas()
         from mlxq.pipeline import Options, default_output, prepare
 
-        plan = prepare(loaded, model, Options(requantize=True, trust_remote_code=trust_remote_code))
+        plan = prepare(loaded, model, Options(requantize=True, trust_remote_code=trust_remote_code), headers_only=True)
         show_plan(plan, out=default_output(loaded, model), why=why, as_json=as_json, quiet=quiet)
         return
     from mlxq import tables
@@ -59,7 +59,7 @@ def command(
     from mlxq.inspection import encode_text, inspect_model
     from mlxq.recipe import shipped_recipes
 
-    source = resolve(model)
+    source = resolve(model, headers_only=True, tokenizer=text is not None)
     machine = find_device(device) if device else this_machine()
     found = inspect_model(source, context)
     encoding = encode_text(source, text) if text is not None else None

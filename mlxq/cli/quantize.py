@@ -116,7 +116,8 @@ def command(
         out = output or (Path(loaded.output) if loaded.output else default_output(loaded, name))
         if not (dry_run or frontier or why is not None or force) and out.exists():
             raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-        plan = prepare(loaded, name, options)
+        looks = (dry_run or why is not None) and loaded.budget is None
+        plan = prepare(loaded, name, options, headers_only=looks)
         if loaded.budget is not None:
             from mlxq.cli.spending import spend_budget
 

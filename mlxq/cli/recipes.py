@@ -68,7 +68,7 @@ def check(
         if model is not None:
             from mlxq.pipeline import Options, prepare
 
-            plan = prepare(recipe, model, Options(requantize=True))
+            plan = prepare(recipe, model, Options(requantize=True), headers_only=True)
             facts |= {"model": model, "file_bytes": plan.file_bytes, "bits_per_weight": plan.bits_per_weight}
     except RecipeError as error:
         if as_json:

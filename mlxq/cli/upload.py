@@ -11,7 +11,8 @@ import typer
 from mlxq.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
-    from mlxq.publish import Checked, FileChange, Outlook, Published, Step, Waiting
+    from mlxq.patience import Waiting
+    from mlxq.publish import Checked, FileChange, Outlook, Published, Step
     from mlxq.target import Target
 
 
@@ -119,7 +120,8 @@ def _check(folder: Path, target: Target, *, force: bool, quiet: bool) -> Checked
 
 def _finish(events: Iterator[Step | Waiting | Published], *, quiet: bool) -> Published:
     from mlxq.console import note
-    from mlxq.publish import Published, Waiting
+    from mlxq.patience import Waiting
+    from mlxq.publish import Published
 
     for event in events:
         if isinstance(event, Published):

@@ -9,11 +9,12 @@ from mlxq.errors import BadInputError
 from mlxq.sources.base import ModelSource
 from mlxq.sources.safetensors import open_folder
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+\.gguf)?(@[\w./-]+)?")
 
 
-def resolve(model: str) -> ModelSource:
-    """Open ``model`` by its headers.
+def resolve(model: str, *, headers_only: bool = False, code: bool = False, tokenizer: bool = False) -> ModelSource:
+    """Open ``model`` by its headers. Of a Hub id, ``headers_only`` fetches no more; ``code`` and
+    ``tokenizer`` ask for its Python files and its tokenizer too.
 
     Raises BadInputError where it is neither a folder, a ``.gguf`` file, ``sample`` nor ``org/name[@revision]``.
     """
@@ -36,7 +37,7 @@ def resolve(model: str) -> ModelSource:
     if _HUB_ID.fullmatch(model) and not model.startswith(("./", "../")):
         from mlxq.sources.hub import open_hub
 
-        return open_hub(model)
+        return open_hub(model, headers_only=headers_only, code=code, tokenizer=tokenizer)
     raise BadInputError(
         f"no model at {model!r}",
         "Name a folder, a .gguf file, a Hub id such as org/name, or 'sample' for the installed sample model.",

@@ -184,6 +184,8 @@ class SafetensorsFolder:
     base_model: str | None = None
     revision: str | None = None
     kind: str = "safetensors"
+    headers_only: bool = False
+    """The files have their headers and no data: to be planned, not read."""
 
     @property
     def weights_folder(self) -> Path:
@@ -222,6 +224,7 @@ class SafetensorsFolder:
         """Rows ``start:stop`` of tensor ``name``; see ``ModelSource.read_rows``."""
         import numpy as np
 
+        assert not self.headers_only, f"{name} was never fetched"
         tensor = self.stored[name]
         spec = tensor.spec
         row_bytes = spec.nbytes // max(spec.rows, 1)

@@ -1,0 +1,120 @@
+"""Asking the Hub with patience: what to wait for, what to try again, and what was really said."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from mlxq.errors import MlxqError
+
+TRIES = 5
+_LONGEST_WAIT_S = 900.0
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """The Hub asked for patience, or could not be reached: the same is tried again in ``seconds``."""
+
+    seconds: float
+    reason: str
+
+
+def patiently(
+    call: Callable[[], _T], explained: Callable[[Exception], MlxqError], *, repeatable: bool = True
+) -> Generator[Waiting, None, _T]:
+    """Call the Hub; wait and call again where it asks to, has trouble of its own, or was cut off.
+
+    ``explained`` turns what is left of it into an error. ``repeatable`` is False where an answer may be lost and not
+    the request, so that only being asked to wait leads to a second try.
+    """
+    tries = 0
+    while True:
+        tries += 1
+        try:
+            return call()
+        except Exception as exc:
+            if not from_the_hub(exc):
+                raise
+            wait = _wait(exc, tries, repeatable=repeatable)
+            if wait is None or tries >= TRIES:
+                raise explained(exc) from exc
+            yield wait
+            time.sleep(wait.seconds)
+
+
+def chain(exc: BaseException) -> Iterator[BaseException]:
+    """An exception, then what it was raised from, and so on."""
+    current: BaseException | None = exc
+    while current is not None:
+        yield current
+        current = current.__cause__ or current.__context__
+
+
+def from_the_hub(exc: Exception) -> bool:
+    """Whether ``huggingface_hub`` raised it, or what it stands on: an HTTP library by version, or ``hf_xet``.
+
+    ``hf_xet`` raises plain OSError and RuntimeError, which are known by where they came from.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    def known(each: BaseException) -> bool:
+        http = type(each).__module__.partition(".")[0] in {"httpx", "httpx2", "httpcore", "httpcore2", "requests"}
+        return http or isinstance(each, HfHubHTTPError | OfflineModeIsEnabled)
+
+    raised_in = {frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(exc.__traceback__)}
+    inside = any(name.startswith("huggingface_hub") for name in raised_in)
+    return any(known(each) for each in chain(exc)) or (inside and isinstance(exc, OSError | RuntimeError))
+
+
+def offline(exc: Exception) -> bool:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    return any(isinstance(e, OfflineModeIsEnabled) for e in chain(exc))
+
+
+def response_of(exc: BaseException) -> Any:
+    """The Hub's answer behind an exception, or None where there was none."""
+    answers = (getattr(each, "response", None) for each in chain(exc))
+    return next((answer for answer in answers if answer is not None), None)
+
+
+def _wait(exc: Exception, tries: int, *, repeatable: bool) -> Waiting | None:
+    """How long to wait before trying again; None where that would not help."""
+    response = response_of(exc)
+    if response is not None and response.status_code == 429:
+        asked = str(response.headers.get("Retry-After", ""))
+        seconds = float(asked) if asked.isdigit() else 15.0 * tries
+        return Waiting(seconds, "the Hub limits how often it may be asked") if seconds <= _LONGEST_WAIT_S else None
+    if not repeatable or offline(exc):
+        return None
+    if response is None:
+        return Waiting(2.0 ** (tries - 1), "the connection to the Hub broke")
+    if response.status_code >= 500:
+        return Waiting(2.0 ** (tries - 1), f"the Hub answered {response.status_code}")
+    return None
+
+
+def said(exc: BaseException) -> str:
+    """The Hub's own words."""
+    words = (getattr(each, "server_message", None) for each in chain(exc))
+    return " ".join(str(next((word for word in words if word), exc)).split())[:300]
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """For files too small for a bar."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
