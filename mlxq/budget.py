@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 # A change of mind must win by this many standard errors of the paired difference (two-sided 95%, 7 degrees of freedom).
 PAIRED_ERRORS = 2.36
 # Most tokens that scores are taken over.
-SCORE_TOKENS = 8192
+SCORE_TOKENS = 4096
 # Points of the size-KL curve, and how many of them are measured.
 CURVE_POINTS = 13
 MEASURED_POINTS = 4
