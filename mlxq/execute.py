@@ -97,15 +97,18 @@ def blocks_of(step: Step) -> list[Block]:
     ]
 
 
-def execute(plan: Plan, folder: PartialFolder, *, trust_remote_code: bool = False) -> Iterator[Progress]:
-    """Write every tensor of ``plan`` that the journal does not have, yielding progress.
+def execute(
+    plan: Plan, folder: PartialFolder, *, only: frozenset[str] | None = None, trust_remote_code: bool = False
+) -> Iterator[Progress]:
+    """Write every tensor of ``plan``, or those of ``only``, that the journal does not have, yielding progress.
 
     Raises MlxqError where a source cannot be read or the disk is full; finished steps stay in the journal.
     """
     import mlx.core as mx
     import mlx_lm.utils  # noqa: F401  (imported once here: threads must not race to import it)
 
-    todo = [step for step in plan.steps if step.path not in folder.found.done]
+    wanted = [step for step in plan.steps if only is None or step.path in only]
+    todo = [step for step in wanted if step.path not in folder.found.done]
     total = plan.weight_bytes
     written = total - sum(spec.nbytes for step in todo for spec in step.outputs)
     remaining = Counter({step.path: len(blocks_of(step)) for step in todo})

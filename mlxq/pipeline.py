@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,12 +18,13 @@ from mlxq.errors import BadInputError, MlxqError, RecipeError
 from mlxq.execute import Progress, execute
 from mlxq.methods.formats import Format
 from mlxq.metrics.size import measure_size
-from mlxq.plan import BY_BUDGET, Plan, make_plan
+from mlxq.plan import BY_BUDGET, Plan, Step, make_plan
 from mlxq.recipe import Calibration, Recipe, load_recipe, recipe_from_dict
 from mlxq.report import build_report, source_facts, write_report
 from mlxq.runtime import peak_rss_bytes
+from mlxq.sources.hub import fetch_file
 from mlxq.sources.resolve import resolve
-from mlxq.sources.safetensors import read_file_header
+from mlxq.sources.safetensors import SafetensorsFolder, read_file_header, with_file
 from mlxq.writer import PartialFolder
 
 
@@ -81,12 +83,14 @@ def prepare(
     *,
     allocated: Mapping[str, Format | None] | None = None,
     headers_only: bool = False,
+    tokenizer: bool = True,
 ) -> Plan:
     """Everything up to the plan, from headers only; ``allocated`` are formats that a budget came to earlier.
 
-    Of a Hub id the weights are fetched first, so that they can be read, unless ``headers_only``.
+    Of a Hub id the weights are fetched first, so that they can be read, unless ``headers_only``; a large tokenizer
+    comes along unless ``tokenizer`` is False.
     """
-    source = resolve(model, headers_only=headers_only, code=options.trust_remote_code)
+    source = resolve(model, headers_only=headers_only, code=options.trust_remote_code, tokenizer=tokenizer)
     architecture = bind(source, trust_remote_code=options.trust_remote_code)
     remarks: tuple[str, ...] = ()
     if recipe.method != "rtn" and recipe.calibration.has_text:
@@ -144,9 +148,12 @@ def default_output(recipe: Recipe, model: str) -> Path:
     return Path(f"{name}-{recipe.name}")
 
 
-def run(plan: Plan, out: Path, options: Options, *, force: bool = False) -> Iterator[Progress | Resumed | Finished]:
+def run(
+    plan: Plan, out: Path, options: Options, *, force: bool = False, low_disk: bool = False
+) -> Iterator[Progress | Resumed | Finished]:
     """Write ``plan`` to ``out``, yielding progress; the last event is ``Finished``.
 
+    With ``low_disk`` the source is a Hub model of headers only, and its weight files are fetched one at a time.
     Raises BadInputError where ``out`` exists and ``force`` is not given, MlxqError where the run fails; what is
     finished by then stays in ``out.partial`` and the same call continues from it.
     """
@@ -154,7 +161,10 @@ def run(plan: Plan, out: Path, options: Options, *, force: bool = False) -> Iter
     with PartialFolder(plan, out, force=force) as partial:
         if partial.found.done or partial.found.discarded:
             yield Resumed(len(partial.found.done), partial.found.discarded, partial.folder)
-        yield from execute(plan, partial, trust_remote_code=options.trust_remote_code)
+        if low_disk:
+            yield from _file_by_file(plan, partial, out, trust_remote_code=options.trust_remote_code)
+        else:
+            yield from execute(plan, partial, trust_remote_code=options.trust_remote_code)
         executed = time.perf_counter()
         peak = peak_rss_bytes()
         partial.write_sidecars()
@@ -168,6 +178,53 @@ def run(plan: Plan, out: Path, options: Options, *, force: bool = False) -> Iter
         write_report(report, partial.folder)
         partial.publish()
     yield Finished(out, report)
+
+
+def check_low_disk(plan: Plan) -> None:
+    """Raise BadInputError where weight files cannot come and go one at a time."""
+    if not isinstance(plan.source, SafetensorsFolder) or not plan.source.headers_only:
+        raise BadInputError(
+            f"--low-disk fetches the files of a Hub id one at a time, and {plan.source.name} is here", "Leave it out."
+        )
+    if any(step.guided for step in plan.steps) or plan.recipe.budget is not None:
+        raise BadInputError("--low-disk cannot calibrate, which passes through the whole model", "Use method: rtn.")
+    if assembled := [step.path for step in plan.steps if step.source is None]:
+        raise BadInputError(
+            f"--low-disk needs weights that map straight through, and {assembled[0]} is assembled from several tensors",
+            "Leave --low-disk out for this model.",
+        )
+
+
+def low_disk_bytes(plan: Plan) -> int:
+    """Free disk that ``low_disk`` needs: the output and the largest weight file of the source."""
+    return plan.file_bytes + max(file.stat().st_size for file in plan.source.weight_files)
+
+
+def _file_by_file(plan: Plan, partial: PartialFolder, out: Path, *, trust_remote_code: bool) -> Iterator[Progress]:
+    """Fetch a weight file, write every tensor read from it, drop it, and so on."""
+    source = plan.source
+    assert isinstance(source, SafetensorsFolder)
+    assert source.base_model is not None
+    assert source.revision is not None
+    by_file: dict[str, list[Step]] = {}
+    for step in plan.steps:
+        assert step.source is not None
+        by_file.setdefault(source.stored[step.source].file.name, []).append(step)
+    written = 0
+    downloads = out.with_name(out.name + ".download")
+    for name, steps in by_file.items():
+        nbytes = sum(spec.nbytes for step in steps for spec in step.outputs)
+        paths = frozenset(step.path for step in steps)
+        if not paths <= partial.found.done:
+            file = fetch_file(source.base_model, source.revision, name, downloads)
+            near = replace(plan, source=with_file(source, file))
+            for event in execute(near, partial, only=paths, trust_remote_code=trust_remote_code):
+                # It counts what it was not asked to write as written.
+                local = event.written_bytes - (event.total_bytes - nbytes)
+                yield Progress(written + local, event.total_bytes, event.finished)
+            file.unlink()
+        written += nbytes
+    shutil.rmtree(downloads, ignore_errors=True)
 
 
 def verify(plan: Plan, folder: Path, *, trust_remote_code: bool = False) -> None:

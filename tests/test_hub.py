@@ -165,6 +165,79 @@ def test_a_hub_in_trouble_is_one_line(hub: Hub, there: str, mlxq: Command, tmp_p
     assert "Traceback" not in result.stderr
 
 
+@pytest.fixture(scope="session")
+def many_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight weight files, 27 MB in all."""
+    changes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4}
+    return llama(tmp_path_factory.mktemp("many") / "many", shards=8, **changes)
+
+
+def test_low_disk_holds_one_file_at_a_time_and_continues(
+    hub: Hub, mlxq: Command, many_files: Path, tmp_path: Path
+) -> None:
+    hub.add_model("org/many", many_files)
+    arguments = ("quantize", "4bit", "--model", "org/many", "--low-disk", "--no-generate", "-o", str(tmp_path / "out"))
+    largest = max(file.stat().st_size for file in many_files.glob("*.safetensors"))
+    planned = mlxq(*arguments, "--dry-run", "--json", **home(tmp_path))
+    said = mlxq(*arguments, "--dry-run", **home(tmp_path))
+    assert "With --low-disk it needs" in said.stdout, said.stderr
+    # The connection breaks again and again, late enough for headers to come; files that came before stand.
+    done = mlxq(*arguments[:-1], str(tmp_path / "whole"), **home(tmp_path))
+    order = [r.path for r in hub.requests("GET", "/blobs/") if not r.range]
+    assert len(order) == 8, done.stderr
+    fault = hub.fail("GET", order[4], drop_after=100_000, times=1000)
+    stopped = mlxq(*arguments, **home(tmp_path))
+    assert stopped.returncode != 0
+    assert (tmp_path / "out.partial").is_dir()
+    assert not list((tmp_path / "out.download").glob("*.safetensors"))
+    assert "Run the same command again" in stopped.stderr
+    fault.times = 0
+    done = mlxq(*arguments, **home(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "were finished" in done.stderr
+    assert not (tmp_path / "out.download").exists()
+    mlxq("quantize", "4bit", "--model", str(many_files), "-o", str(tmp_path / "local"), "--no-generate")
+    assert weights(tmp_path / "out") == weights(tmp_path / "local")
+    assert json.loads(planned.stdout)["file_bytes"] + largest < sum(f.stat().st_size for f in many_files.iterdir())
+
+
+def test_low_disk_works_on_a_disk_smaller_than_the_model(
+    hub: Hub, mlxq: Command, many_files: Path, tmp_path: Path
+) -> None:
+    hub.add_model("org/many", many_files)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    size = "size=16m"
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not permitted here")
+    try:
+        arguments = ("quantize", "4bit", "--model", "org/many", "--low-disk", "--no-generate")
+        done = mlxq(*arguments, "-o", str(disk / "out"), **home(tmp_path))
+        assert done.returncode == 0, done.stderr
+        assert weights(disk / "out")
+        assert sum(f.stat().st_size for f in many_files.glob("*.safetensors")) > 16 << 20
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("quantize", "4bit", "--model", "FOLDER"), "is here"),
+        (("quantize", "4bit", "--model", "org/many", "--set", "method=fit"), "cannot calibrate"),
+        (("quantize", "org/many", "--bpw", "4.5"), "cannot calibrate"),
+    ],
+)
+def test_low_disk_says_what_it_cannot(
+    hub: Hub, mlxq: Command, many_files: Path, tmp_path: Path, arguments: tuple[str, ...], says: str
+) -> None:
+    hub.add_model("org/many", many_files)
+    given = [str(many_files) if word == "FOLDER" else word for word in arguments]
+    result = mlxq(*given, "--low-disk", "-o", str(tmp_path / "out"), **home(tmp_path))
+    assert result.returncode == 2, result.stderr
+    assert says in result.stderr
+
+
 def drops(hub: Hub, mlxq: Command, tmp_path: Path, original: Path, count: int) -> None:
     """Each download ends complete and identical, or with a clear error and a second run that continues."""
     chance = random.Random(7)

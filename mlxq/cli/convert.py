@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mlxq.cli.options import DryRun, Force, Generate, Json, Output, Quiet, TrustRemoteCode
+from mlxq.cli.options import DryRun, Force, Generate, Json, LowDisk, Output, Quiet, TrustRemoteCode
 
 
 class Dtype(str, Enum):
@@ -30,6 +30,7 @@ def command(
         typer.Option("--keep-quantization", help="Carry GGUF blocks over bit for bit where MLX has the same format."),
     ] = False,
     dry_run: DryRun = False,
+    low_disk: LowDisk = False,
     force: Force = False,
     generate: Generate = False,
     trust_remote_code: TrustRemoteCode = False,
@@ -48,15 +49,17 @@ def command(
     if dequantize and keep_quantization:
         raise BadInputError("--dequantize and --keep-quantization exclude each other")
     load_blas()
-    from mlxq.pipeline import Options, default_output, prepare
+    from mlxq.pipeline import Options, check_low_disk, default_output, prepare
 
     recipe = recipe_from_dict({"dtype": dtype.value} if dtype else {}, "mlx")
     options = Options(dequantize=dequantize, keep_quantization=keep_quantization, trust_remote_code=trust_remote_code)
     out = output or default_output(recipe, model)
     if not dry_run and out.exists() and not force:
         raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-    plan = prepare(recipe, model, options, headers_only=dry_run)
+    plan = prepare(recipe, model, options, headers_only=dry_run or low_disk, tokenizer=not dry_run)
+    if low_disk:
+        check_low_disk(plan)
     if dry_run:
-        show_plan(plan, out=out, why=None, as_json=as_json, quiet=quiet)
+        show_plan(plan, out=out, why=None, as_json=as_json, quiet=quiet, low_disk=low_disk)
     else:
-        write_model(plan, out, options, force=force, generate=generate, as_json=as_json, quiet=quiet)
+        write_model(plan, out, options, force=force, low_disk=low_disk, generate=generate, as_json=as_json, quiet=quiet)

@@ -19,3 +19,6 @@ Generate = Annotated[
     bool,
     typer.Option("--generate/--no-generate", help="Answer a short prompt with the result and show its speed."),
 ]
+LowDisk = Annotated[
+    bool, typer.Option("--low-disk", help="Of a Hub id: fetch one weight file at a time, and drop it once written.")
+]

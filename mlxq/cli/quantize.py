@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxq.cli.options import DryRun, Force, Generate, Json, Output, Quiet, TrustRemoteCode
+from mlxq.cli.options import DryRun, Force, Generate, Json, LowDisk, Output, Quiet, TrustRemoteCode
 
 if TYPE_CHECKING:
     from mlxq.recipe import Recipe
@@ -64,6 +64,7 @@ def command(
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Accept a model already quantized: read it as numbers first.")
     ] = False,
+    low_disk: LowDisk = False,
     force: Force = False,
     generate: Generate = True,
     upload: Annotated[
@@ -87,6 +88,8 @@ def command(
     _check_together(recipe, locked, sets, bpw, size, frontier, plot)
     spending = target = None
     if locked is not None:
+        if low_disk:
+            raise BadInputError("--locked reads the source whole, so it takes no --low-disk")
         from mlxq.runtime import load_blas
 
         load_blas()
@@ -109,7 +112,7 @@ def command(
         from mlxq.runtime import load_blas
 
         load_blas()
-        from mlxq.pipeline import Options, default_output, prepare
+        from mlxq.pipeline import Options, check_low_disk, default_output, prepare
 
         recorded = None
         options = Options(requantize=requantize, trust_remote_code=trust_remote_code)
@@ -117,7 +120,9 @@ def command(
         if not (dry_run or frontier or why is not None or force) and out.exists():
             raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
         looks = (dry_run or why is not None) and loaded.budget is None
-        plan = prepare(loaded, name, options, headers_only=looks)
+        plan = prepare(loaded, name, options, headers_only=looks or low_disk, tokenizer=not looks)
+        if low_disk:
+            check_low_disk(plan)
         if loaded.budget is not None:
             from mlxq.cli.spending import spend_budget
 
@@ -138,9 +143,11 @@ def command(
             show_json({"schema": "mlxq.budget", "schema_version": 1, **(plan.spending or {})})
         return
     if dry_run or why is not None:
-        show_plan(plan, out=out, why=why, as_json=as_json, quiet=quiet)
+        show_plan(plan, out=out, why=why, as_json=as_json, quiet=quiet, low_disk=low_disk)
         return
-    finished = write_model(plan, out, options, force=force, generate=generate, as_json=as_json, quiet=quiet)
+    finished = write_model(
+        plan, out, options, force=force, low_disk=low_disk, generate=generate, as_json=as_json, quiet=quiet
+    )
     if plan.recipe.gates:
         from mlxq.cli.compare import check_recipe_gates
 

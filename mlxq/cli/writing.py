@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from mlxq.plan import Plan
 
 
-def show_plan(plan: Plan, *, out: Path, why: str | None, as_json: bool, quiet: bool) -> None:
+def show_plan(plan: Plan, *, out: Path, why: str | None, as_json: bool, quiet: bool, low_disk: bool = False) -> None:
     """Print the plan: as JSON, as the reasons for the modules ``why`` matches, or as the whole table."""
     from mlxq import tables
     from mlxq.report import plan_facts
@@ -27,11 +27,15 @@ def show_plan(plan: Plan, *, out: Path, why: str | None, as_json: bool, quiet: b
         show(tables.plan_table(plan))
         for line in tables.plan_summary(plan):
             show(line)
+        if low_disk:
+            from mlxq.pipeline import low_disk_bytes
+
+            show(f"With --low-disk it needs {tables.size_text(low_disk_bytes(plan))} of free disk.")
         note("Nothing was read or written. Run it without --dry-run to make the model.", quiet=quiet)
 
 
 def write_model(
-    plan: Plan, out: Path, options: Options, *, force: bool, generate: bool, as_json: bool, quiet: bool
+    plan: Plan, out: Path, options: Options, *, force: bool, low_disk: bool, generate: bool, as_json: bool, quiet: bool
 ) -> Finished:
     """Run a plan with progress, then show the result and the line that tries it."""
     from mlxq.execute import Progress
@@ -45,7 +49,7 @@ def write_model(
     partial = out.with_name(out.name + ".partial")
     try:
         with progress(f"Writing {out.name}", quiet=quiet) as meter:
-            for event in run(plan, out, options, force=force):
+            for event in run(plan, out, options, force=force, low_disk=low_disk):
                 if isinstance(event, Progress):
                     meter.update(event.written_bytes, event.total_bytes, event.finished)
                 elif isinstance(event, Resumed) and event.discarded:

@@ -161,6 +161,13 @@ def _fetched(found: HubModel, *, code: bool) -> Path:
     return folder
 
 
+def fetch_file(repo: str, commit: str, name: str, folder: Path) -> Path:
+    """Download one file into ``folder``, not the shared cache; a broken download continues."""
+    from huggingface_hub import hf_hub_download
+
+    return Path(_asked(lambda: hf_hub_download(repo, name, revision=commit, local_dir=folder), repo, commit))
+
+
 def _check_room(found: HubModel, missing: int) -> None:
     """Raise MlxqError where the cache's disk has no room for what is still to come."""
     from huggingface_hub.constants import HF_HUB_CACHE
@@ -234,7 +241,7 @@ def _mirror(found: HubModel, tokenizer: bool) -> Path:
     names = [
         name
         for name in found.small_files(code=False)
-        if name in NEEDED_FILES or (name != "README.md" and (tokenizer or found.files[name] <= SMALL_BYTES))
+        if name in NEEDED_FILES or tokenizer or (found.files[name] <= SMALL_BYTES and name != "README.md")
     ]
     with no_progress_bars(), ThreadPoolExecutor(8) as pool:
         list(pool.map(small, names))

@@ -7,7 +7,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -243,6 +243,15 @@ class SafetensorsFolder:
     def read_repacked(self, name: str, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
         """Never called: ``repack_format`` is None for every tensor."""
         raise AssertionError(f"{name} has no blocks to repack")
+
+
+def with_file(source: SafetensorsFolder, file: Path) -> SafetensorsFolder:
+    """``source`` with the tensors of one weight file read from ``file``, which has its name."""
+    stored = {
+        name: replace(tensor, file=file) if tensor.file.name == file.name else tensor
+        for name, tensor in source.stored.items()
+    }
+    return replace(source, stored=stored, headers_only=False)
 
 
 def read_json(file: Path) -> dict[str, Any]:
