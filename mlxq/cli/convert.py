@@ -42,10 +42,12 @@ def command(
     Example: mlxq convert model.gguf -o ./model-mlx --keep-quantization
     """
     from mlxq.cli.writing import show_plan, write_model
+    from mlxq.console import quieten
     from mlxq.errors import BadInputError
     from mlxq.recipe import recipe_from_dict
     from mlxq.runtime import load_blas
 
+    quieten(quiet)
     if dequantize and keep_quantization:
         raise BadInputError("--dequantize and --keep-quantization exclude each other")
     load_blas()

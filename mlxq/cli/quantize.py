@@ -83,8 +83,10 @@ def command(
     Example: mlxq quantize ./my-model --bpw 4.25
     """
     from mlxq.cli.writing import show_plan, write_model
+    from mlxq.console import quieten
     from mlxq.errors import BadInputError, MlxqError
 
+    quieten(quiet)
     _check_together(recipe, locked, sets, bpw, size, frontier, plot)
     spending = target = None
     if locked is not None:
