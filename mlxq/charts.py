@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxq.budget import Spending
 from mlxq.compare import Comparison, ModelResult
 
 if TYPE_CHECKING:
@@ -162,27 +161,34 @@ def one_model(measured: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def size_kl_curve(spending: Spending) -> Figure:
-    """The size-KL curve of a budget: predicted at every point, measured at some, with the chosen point and rivals."""
+def size_kl_curve(spent: Mapping[str, Any]) -> Figure:
+    """The size-KL curve of a budget: predicted at every point, measured at some, with the chosen point and rivals.
+
+    ``spent`` is ``Spending.facts()``, as ``mlxq.json`` holds it under ``budget``.
+    """
     figure, axes = _figure(7.6, 4.6)
-    predicted = [(p.weight_bytes / 1e6, max(p.predicted_kl, 1e-9)) for p in spending.curve]
-    name = "predicted" if spending.text else "relative error of weights"
+    predicted = [(point["weight_bytes"] / 1e6, max(point["predicted_kl"], 1e-9)) for point in spent["curve"]]
+    name = "predicted" if spent["text"] else "relative error of weights"
     axes.plot(*zip(*predicted, strict=True), color=_COLORS[0], linewidth=1.5, marker=".", label=name)
-    measured = [(p.weight_bytes / 1e6, p.measured_kl, p.measured_kl_se) for p in spending.curve if p.measured_kl]
+    measured = [
+        (point["weight_bytes"] / 1e6, point["measured_kl"], 2 * point["measured_kl_se"])
+        for point in spent["curve"]
+        if point["measured_kl"]
+    ]
     if measured:
         sizes, values, errors = zip(*measured, strict=True)
         label = "measured on held-out text"
-        axes.errorbar(sizes, values, yerr=[2 * e for e in errors], fmt="s", color=_COLORS[1], capsize=2, label=label)
-    for check in spending.checks:
-        point = (check.weight_bytes / 1e6, max(check.kl_mean, 1e-9))
-        if check.chosen:
+        axes.errorbar(sizes, values, yerr=errors, fmt="s", color=_COLORS[1], capsize=2, label=label)
+    for check in spent["checks"]:
+        point = (check["weight_bytes"] / 1e6, max(check["kl_mean"], 1e-9))
+        if check["chosen"]:
             axes.plot(*point, marker="*", markersize=13, color=_COLORS[2], linestyle="", label="chosen, measured")
-        elif check.name.startswith(("uniform", "mixed")):
+        elif check["name"].startswith(("uniform", "mixed")):
             axes.plot(*point, marker="o", color=_GREY, linestyle="")
-            axes.annotate(check.name, point, xytext=(6, 5), textcoords="offset points", fontsize=8.5)
+            axes.annotate(check["name"], point, xytext=(6, 5), textcoords="offset points", fontsize=8.5)
     axes.set_yscale("log")
     axes.set_xlabel("size of the weights, MB")
-    axes.set_ylabel("mean KL divergence from the original, nats" if spending.text else "sum of relative errors")
+    axes.set_ylabel("mean KL divergence from the original, nats" if spent["text"] else "sum of relative errors")
     axes.legend(frameon=False, fontsize=8.5)
     return figure
 

@@ -40,7 +40,8 @@ class Candidate:
 
     ``folder`` is where it is stored, or None for one that exists only in memory (a recipe applied to the
     reference): it then has no speed. ``size`` is counted from the files, or planned. ``layer_bits`` maps each
-    layer's label to its bits per weight. ``load_tokenizer`` is None where it is the reference's own.
+    layer's label to its bits per weight. ``load_tokenizer`` is None where it is the reference's own. ``budget`` is what
+    its ``mlxq.json`` says of how a budget was spent.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Candidate:
     size: Size
     layer_bits: Mapping[str, float]
     folder: Path | None
+    budget: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,7 @@ class ModelResult:
     speed: Speed | None
     tied: bool
     reference_ppl: float | None = None
+    budget: Mapping[str, Any] | None = None
 
     def metrics(self) -> dict[str, float | None]:
         """Every metric by name, None where not measured."""
@@ -153,7 +156,17 @@ def folder_candidate(name: str, folder: Path) -> Candidate:
         size=measure_size(folder),
         layer_bits=stored_layer_bits(folder),
         folder=folder,
+        budget=_recorded_budget(folder),
     )
+
+
+def _recorded_budget(folder: Path) -> Mapping[str, Any] | None:
+    """How a budget was spent on the model, where mlxq wrote it and had one."""
+    from mlxq.sources.safetensors import read_json
+
+    file = folder / "mlxq.json"
+    found = read_json(file).get("budget") if file.is_file() else None
+    return found if isinstance(found, dict) else None
 
 
 def stored_layer_bits(folder: Path) -> dict[str, float]:
@@ -249,7 +262,11 @@ def compare(
         )
         tied = found.kl_mean <= floor.kl_mean + 2 * floor.kl_mean_se
         results[0] = replace(results[0], reference_ppl=found.ppl_ref)
-        results.append(ModelResult(candidate.name, candidate.size, candidate.layer_bits, found, speed, tied=tied))
+        results.append(
+            ModelResult(
+                candidate.name, candidate.size, candidate.layer_bits, found, speed, tied=tied, budget=candidate.budget
+            )
+        )
         done = replace(done, results=tuple(results), complete=len(results) == len(candidates) + 1)
         yield done
 

@@ -209,6 +209,7 @@ def comparison_html(comparison: Comparison, gates: Sequence[GateResult] = ()) ->
         device=device,
         strip=charts.as_svg(charts.layer_strip(comparison)),
         distribution=charts.as_svg(charts.kl_distribution(comparison)) if comparison.candidates else None,
+        curves=[(r.name, charts.as_svg(charts.size_kl_curve(r.budget))) for r in comparison.candidates if r.budget],
         prompts=_answers_by_prompt(comparison),
         footnotes=footnotes(comparison),
         version=__version__,

@@ -177,11 +177,7 @@ def _show(
         html.write_text(comparison_html(comparison, gates), encoding="utf-8")
         note(f"wrote {html}")
     if plot is not None:
-        figure = charts.size_against_kl(comparison)
-        if plot.suffix == ".png":
-            plot.write_bytes(charts.as_png(figure))
-        else:
-            plot.write_text(charts.as_svg(figure), encoding="utf-8")
+        charts.save_figure(charts.size_against_kl(comparison), plot)
         note(f"wrote {plot}")
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a", encoding="utf-8") as file:

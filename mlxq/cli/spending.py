@@ -52,6 +52,6 @@ def show_spending(spending: Spending, *, explain: bool, frontier: bool, plot: Pa
         if plot is not None:
             from mlxq.charts import save_figure, size_kl_curve
 
-            save_figure(size_kl_curve(spending), plot)
+            save_figure(size_kl_curve(spending.facts()), plot)
             note(f"The curve is drawn in {plot}.", quiet=quiet)
         note("Nothing was written. Run it without --frontier to make the model.", quiet=quiet)
