@@ -99,7 +99,7 @@ class _Lines:
             seconds = time.monotonic() - self.began
             rate = done / max(seconds, 1e-9) / 1e6
             amount = f"{done / 1e6:,.0f} of {total / 1e6:,.0f} MB"
-            note(f"{self.title} {tenth * 10:3d}%  {amount}  {rate:,.0f} MB/s  {seconds:.0f} s")
+            note(f"{self.title} {tenth * 10:3d}%  {amount}  {rate:,.{0 if rate >= 10 else 1}f} MB/s  {seconds:.0f} s")
 
 
 @contextmanager

@@ -265,6 +265,16 @@ def test_the_commands_show_and_explain(deep: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "s" / "mlxq.json").read_text())["budget"]["asked"] == {"size": "600000B"}
 
 
+def test_what_a_budget_will_be_is_not_guessed(deep: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("budget: {bpw: 4.5}\n")
+    looked = CliRunner().invoke(app, ["inspect", str(deep), "--recipe", str(recipe)])
+    assert isinstance(looked.exception, BadInputError)
+    checked = CliRunner().invoke(app, ["recipes", "check", str(recipe), "--model", str(deep)])
+    assert checked.exit_code == 0, checked.output
+    assert "its budget decides after" in checked.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -43,10 +43,16 @@ def command(
 
     if recipe is not None:
         from mlxq.cli.writing import show_plan
+        from mlxq.errors import BadInputError
         from mlxq.recipe import load_recipe
         from mlxq.runtime import load_blas
 
         loaded = load_recipe(recipe)
+        if loaded.budget is not None:
+            raise BadInputError(
+                f"what recipe {loaded.name} does with its budget shows only after calibration",
+                f"mlxq quantize {recipe} --model {model} --dry-run calibrates and shows the plan.",
+            )
         load_blas()
         from mlxq.pipeline import Options, default_output, prepare
 

@@ -11,7 +11,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON (docs/json.md) on
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no notes; errors still show.")]
 Output = Annotated[Path | None, typer.Option("-o", "--output", help="Folder to write.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace the output folder if it exists.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan, to the byte, and read no weights.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show the plan, to the byte; reads no weights, except to spend a budget.")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let mlx-lm run the model file that a repository brings.")
 ]

@@ -69,7 +69,9 @@ def check(
             from mlxq.pipeline import Options, prepare
 
             plan = prepare(recipe, model, Options(requantize=True), headers_only=True)
-            facts |= {"model": model, "file_bytes": plan.file_bytes, "bits_per_weight": plan.bits_per_weight}
+            facts["model"] = model
+            if recipe.budget is None:
+                facts |= {"file_bytes": plan.file_bytes, "bits_per_weight": plan.bits_per_weight}
     except RecipeError as error:
         if as_json:
             show_json({**facts, "faults": list(error.faults)})
@@ -78,6 +80,8 @@ def check(
         show_json(facts)
     elif model is None:
         show_line(f"{file}: no faults. --model MODEL also checks that its rules mean something on a model.")
+    elif "file_bytes" not in facts:
+        show_line(f"{file}: no faults; on {model} its budget decides after calibration.")
     else:
         size = f"{facts['file_bytes']:,} bytes, {facts['bits_per_weight']:.3f} bits per weight"
         show_line(f"{file}: no faults; on {model} it gives {size}.")

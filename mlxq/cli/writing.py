@@ -31,7 +31,8 @@ def show_plan(plan: Plan, *, out: Path, why: str | None, as_json: bool, quiet: b
             from mlxq.pipeline import low_disk_bytes
 
             show(f"With --low-disk it needs {tables.size_text(low_disk_bytes(plan))} of free disk.")
-        note("Nothing was read or written. Run it without --dry-run to make the model.", quiet=quiet)
+        what = "written" if plan.recipe.budget else "read or written"
+        note(f"Nothing was {what}. Run it without --dry-run to make the model.", quiet=quiet)
 
 
 def write_model(
