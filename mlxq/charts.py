@@ -42,10 +42,13 @@ def size_against_kl(comparison: Comparison) -> Figure:
     front = [points[i] for i in pareto_front(points)]
     if len(front) > 1:
         axes.plot(*zip(*front, strict=True), color=_GREY, linewidth=1, zorder=1, label="Pareto front")
-    for result, (size, kl), color in zip(drawn, points, _colors(comparison), strict=False):
+    ranks = {index: rank for rank, index in enumerate(sorted(range(len(points)), key=lambda i: points[i]))}
+    for index, (result, (size, kl), color) in enumerate(zip(drawn, points, _colors(comparison), strict=False)):
         error = result.faithfulness.kl_mean_se if result.faithfulness else 0
         axes.errorbar(size, kl, yerr=2 * error if math.isfinite(error) else 0, fmt="o", color=color, capsize=2)
-        axes.annotate(result.name, (size, kl), xytext=(6, 5), textcoords="offset points", fontsize=8.5)
+        # Neighbours by size have their names above and below in turn, so that close points stay legible.
+        shift = (6, 5) if ranks[index] % 2 == 0 else (-4, -13)
+        axes.annotate(result.name, (size, kl), xytext=shift, textcoords="offset points", fontsize=8.5)
     if math.isfinite(floor) and floor > 0:
         axes.axhline(floor, color=_GREY, linewidth=1, linestyle=":", label="noise floor")
     if points or floor > 0:

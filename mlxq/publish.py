@@ -299,8 +299,18 @@ def _draw(checked: Checked, target: Target, existing: str | None) -> dict[str, b
     drawn[card.FILE_NAME] = card.render(ours, existing, old_name=checked.folder.name).encode()
     files = {name: facts for name, facts in checked.report["files"].items() if name != PLOT}
     files |= {name: card.file_facts(content) for name, content in drawn.items()}
-    drawn[FILE_NAME] = report_bytes({**checked.report, "files": files})
+    drawn[FILE_NAME] = report_bytes(_without_paths({**checked.report, "files": files}))
     return drawn
+
+
+def _without_paths(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report as the world may read it: of a folder on this machine only its name."""
+    shown = dict(report)
+    for key, field in (("source", "name"), ("comparison", "reference")):
+        part = shown.get(key)
+        if isinstance(part, dict) and Path(str(part.get(field, ""))).is_absolute():
+            shown[key] = {**part, field: Path(part[field]).name}
+    return shown
 
 
 def _card_to_keep(api: HfApi, checked: Checked, target: Target, remote: Remote, *, force: bool) -> str | None:
