@@ -306,10 +306,10 @@ def _draw(checked: Checked, target: Target, existing: str | None) -> dict[str, b
 def _without_paths(report: Mapping[str, Any]) -> dict[str, Any]:
     """The report as the world may read it: of a folder on this machine only its name."""
     shown = dict(report)
-    for key, field in (("source", "name"), ("comparison", "reference")):
+    for key, named in (("source", "name"), ("comparison", "reference")):
         part = shown.get(key)
-        if isinstance(part, dict) and Path(str(part.get(field, ""))).is_absolute():
-            shown[key] = {**part, field: Path(part[field]).name}
+        if isinstance(part, dict) and Path(str(part.get(named, ""))).is_absolute():
+            shown[key] = {**part, named: Path(part[named]).name}
     return shown
 
 
