@@ -218,6 +218,51 @@ def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> b
     return struct.pack("<Q", len(text)) + text
 
 
+def origins(source: ModelSource, *, trust_remote_code: bool = False) -> dict[str, frozenset[str]]:
+    """MLX path of each parameter -> the checkpoint tensors it is made from, from headers only.
+
+    Read off the graph of what ``sanitize`` returns, before anything of it is evaluated.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    checkpoint: dict[str, mx.array] = {}
+    with openable_folder(source) as folder:
+        model, _ = open_lazily(folder, source.name, checkpoint, trust_remote_code=trust_remote_code)
+    names = list(checkpoint)
+    number = {id(array): f"in_{i}" for i, array in enumerate(checkpoint.values())}
+    parameters = tree_flatten(model.parameters())
+    labels = {path: number.get(id(array), f"out_{i}") for i, (path, array) in enumerate(parameters)}
+    graph = io.StringIO()
+    # A tensor taken over as it is keeps its name as an input.
+    outputs = {labels[path]: array for path, array in parameters if id(array) not in number}
+    inputs = {number[id(array)]: array for array in checkpoint.values()}
+    mx.export_to_dot(graph, *outputs.values(), **outputs, **inputs)
+    parents: dict[str, list[str]] = {}
+    for line in graph.getvalue().splitlines():
+        parent, arrow, child = line.replace('"', "").partition(" -> ")
+        if arrow:
+            parents.setdefault(child, []).append(parent)
+    return {
+        path: frozenset(names[int(leaf.removeprefix("in_"))] for leaf in _leaves(label, parents))
+        for path, label in labels.items()
+    }
+
+
+def _leaves(node: str, parents: Mapping[str, list[str]]) -> set[str]:
+    """The checkpoint tensors a node of a graph stands on: the nearest ``in_`` nodes above it."""
+    found, seen, waiting = set(), {node}, [node]
+    while waiting:
+        current = waiting.pop()
+        if current.startswith("in_"):
+            found.add(current)
+            continue
+        above = [each for each in parents.get(current, ()) if each not in seen]
+        seen.update(above)
+        waiting += above
+    return found
+
+
 def _check_float8(source: ModelSource, model: nn.Module, names: Mapping[int, str]) -> None:
     """Raise BadInputError where ``sanitize`` multiplies the bytes of FP8 numbers as if they were integers.
 

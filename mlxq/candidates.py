@@ -6,6 +6,7 @@ is applied to the reference in memory: planned by the same plan that ``mlxq quan
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from mlxq.pipeline import Allocated, Options, allocated_plan, prepare, run
 from mlxq.plan import Plan
 from mlxq.recipe import Recipe, load_recipe, names_recipe, recipe_from_dict
 from mlxq.sources.base import ModelSource
+from mlxq.sources.download import fetched_source
 from mlxq.sources.resolve import resolve
 from mlxq.tensors import FLOAT_DTYPES
 
@@ -31,11 +33,15 @@ def model_candidate(model: str, scratch: Path) -> Candidate:
 
     Raises BadInputError where there is no such model or ``mlx_lm`` cannot run it.
     """
-    source = resolve(model)
+    source = fetched_source(resolve(model))
     name = _short(model)
-    if source.weights_folder is not None:
-        return folder_candidate(name, source.weights_folder)
     folder = scratch / f"{len(list(scratch.iterdir()))}-{name}"
+    if source.weights_folder is not None and source.revision is None:
+        return folder_candidate(name, source.weights_folder)
+    if source.weights_folder is not None:
+        # The links to the files of a Hub model go when its source does.
+        shutil.copytree(source.weights_folder, folder, symlinks=True)
+        return folder_candidate(name, folder)
     options = Options()
     for _ in run(prepare(recipe_from_dict({}, "mlx"), model, options), folder, options):
         pass

@@ -66,12 +66,6 @@ def show_error(error: MlxqError) -> None:
         console.print_exception()
 
 
-def quieten(quiet: bool) -> None:
-    """Where ``quiet``, keep ``huggingface_hub`` from drawing bars of its own; it reads this when first imported."""
-    if quiet:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-
-
 class Meter(Protocol):
     """Takes how far a run is."""
 

@@ -13,7 +13,7 @@ import os
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -98,19 +98,19 @@ def blocks_of(step: Step) -> list[Block]:
 
 
 def execute(
-    plan: Plan, folder: PartialFolder, *, only: frozenset[str] | None = None, trust_remote_code: bool = False
+    plan: Plan, folder: PartialFolder, *, steps: Sequence[Step] | None = None, trust_remote_code: bool = False
 ) -> Iterator[Progress]:
-    """Write every tensor of ``plan``, or those of ``only``, that the journal does not have, yielding progress.
+    """Write every tensor of ``plan``, or of some ``steps`` of it, that the journal does not have, yielding progress.
 
     Raises MlxqError where a source cannot be read or the disk is full; finished steps stay in the journal.
     """
     import mlx.core as mx
     import mlx_lm.utils  # noqa: F401  (imported once here: threads must not race to import it)
 
-    wanted = [step for step in plan.steps if only is None or step.path in only]
-    todo = [step for step in wanted if step.path not in folder.found.done]
+    assert plan.source.remote is None, "the weights are still on the Hub"
+    todo = [step for step in steps or plan.steps if step.path not in folder.done]
     total = plan.weight_bytes
-    written = total - sum(spec.nbytes for step in todo for spec in step.outputs)
+    written = sum(spec.nbytes for step in plan.steps if step.path in folder.done for spec in step.outputs)
     remaining = Counter({step.path: len(blocks_of(step)) for step in todo})
     work = _Work(plan, folder, todo, trust_remote_code=trust_remote_code)
     previous_cache = mx.set_cache_limit(CACHE_BYTES)

@@ -106,10 +106,15 @@ class Quantization:
 
 @dataclass(frozen=True)
 class TokenizerFacts:
-    """What the small files say of the tokenizer; None where they do not say."""
+    """What the small files say of the tokenizer; None where they do not say.
+
+    ``counted`` says that the vocabulary was counted in the tokenizer itself; else it is the config's, which may have
+    rows to spare.
+    """
 
     kind: str | None
     vocabulary: int | None
+    counted: bool
     chat_template: bool
 
 
@@ -201,7 +206,7 @@ def inspect_model(source: ModelSource, context: int) -> Inspection:
         tied_embeddings=tied,
         embedding=embedding,
         tied_head=embedding if tied else None,
-        tokenizer=_tokenizer(source.sidecars, source.config),
+        tokenizer=_tokenizer(source.sidecars, inner),
         modules=modules,
         context=context,
         kv_cache_bytes=kv_cache_bytes(config, context),
@@ -386,7 +391,7 @@ def _quantization(source: ModelSource) -> Quantization | None:
 def _tokenizer(sidecars: Mapping[str, Path | bytes], config: Mapping[str, Any]) -> TokenizerFacts:
     """Facts from ``tokenizer.json``, ``tokenizer_config.json`` and the chat template's own file.
 
-    Where the first is not there (a large one on the Hub is not fetched to look at a model), the config's vocabulary.
+    The vocabulary is the config's where there is no ``tokenizer.json``, as for a model that is still on the Hub.
     """
     tokenizer = _json_sidecar(sidecars, "tokenizer.json")
     settings = _json_sidecar(sidecars, "tokenizer_config.json")
@@ -398,6 +403,7 @@ def _tokenizer(sidecars: Mapping[str, Path | bytes], config: Mapping[str, Any]) 
     return TokenizerFacts(
         kind=model.get("type") or settings.get("tokenizer_class"),
         vocabulary=len(ids) or first_int(config, "vocab_size"),
+        counted=bool(ids),
         chat_template=template or bool(settings.get("chat_template")),
     )
 

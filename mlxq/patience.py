@@ -1,18 +1,21 @@
-"""Asking the Hub with patience: what to wait for, what to try again, and what was really said."""
+"""What an error of ``huggingface_hub`` means, and whether waiting helps.
+
+Shared by reading and publishing: where an exception came from, the Hub's answer behind it, and how long to wait
+before the same is tried again.
+"""
 
 from __future__ import annotations
 
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from mlxq.errors import MlxqError
 
 TRIES = 5
-_LONGEST_WAIT_S = 900.0
+LONGEST_WAIT_S = 900.0
 _T = TypeVar("_T")
 
 
@@ -25,12 +28,12 @@ class Waiting:
 
 
 def patiently(
-    call: Callable[[], _T], explained: Callable[[Exception], MlxqError], *, repeatable: bool = True
+    call: Callable[[], _T], explained: Callable[[Exception], MlxqError], *, once: bool = False
 ) -> Generator[Waiting, None, _T]:
     """Call the Hub; wait and call again where it asks to, has trouble of its own, or was cut off.
 
-    ``explained`` turns what is left of it into an error. ``repeatable`` is False where an answer may be lost and not
-    the request, so that only being asked to wait leads to a second try.
+    With ``once`` only a refusal is tried again, not a request whose answer may have been lost. What is left after
+    ``TRIES`` is raised as ``explained`` has it; errors that are not the Hub's pass through.
     """
     tries = 0
     while True:
@@ -40,11 +43,27 @@ def patiently(
         except Exception as exc:
             if not from_the_hub(exc):
                 raise
-            wait = _wait(exc, tries, repeatable=repeatable)
+            wait = waiting_for(exc, tries, once=once)
             if wait is None or tries >= TRIES:
                 raise explained(exc) from exc
             yield wait
             time.sleep(wait.seconds)
+
+
+def waiting_for(exc: Exception, tries: int, *, once: bool = False) -> Waiting | None:
+    """How long to wait before trying again; None where that would not help."""
+    response = response_of(exc)
+    if response is not None and response.status_code == 429:
+        asked = str(response.headers.get("Retry-After", ""))
+        seconds = float(asked) if asked.isdigit() else 15.0 * tries
+        return Waiting(seconds, "the Hub limits how often it may be asked") if seconds <= LONGEST_WAIT_S else None
+    if once or is_offline(exc):
+        return None
+    if response is None or response.status_code < 400:
+        return Waiting(2.0 ** (tries - 1), "the connection to the Hub broke")
+    if response.status_code >= 500:
+        return Waiting(2.0 ** (tries - 1), f"the Hub answered {response.status_code}")
+    return None
 
 
 def chain(exc: BaseException) -> Iterator[BaseException]:
@@ -71,10 +90,11 @@ def from_the_hub(exc: Exception) -> bool:
     return any(known(each) for each in chain(exc)) or (inside and isinstance(exc, OSError | RuntimeError))
 
 
-def offline(exc: Exception) -> bool:
+def is_offline(exc: Exception) -> bool:
+    """Whether ``HF_HUB_OFFLINE`` forbade it."""
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    return any(isinstance(e, OfflineModeIsEnabled) for e in chain(exc))
+    return any(isinstance(each, OfflineModeIsEnabled) for each in chain(exc))
 
 
 def response_of(exc: BaseException) -> Any:
@@ -83,38 +103,17 @@ def response_of(exc: BaseException) -> Any:
     return next((answer for answer in answers if answer is not None), None)
 
 
-def _wait(exc: Exception, tries: int, *, repeatable: bool) -> Waiting | None:
-    """How long to wait before trying again; None where that would not help."""
-    response = response_of(exc)
-    if response is not None and response.status_code == 429:
-        asked = str(response.headers.get("Retry-After", ""))
-        seconds = float(asked) if asked.isdigit() else 15.0 * tries
-        return Waiting(seconds, "the Hub limits how often it may be asked") if seconds <= _LONGEST_WAIT_S else None
-    if not repeatable or offline(exc):
-        return None
-    if response is None:
-        return Waiting(2.0 ** (tries - 1), "the connection to the Hub broke")
-    if response.status_code >= 500:
-        return Waiting(2.0 ** (tries - 1), f"the Hub answered {response.status_code}")
-    return None
-
-
-def said(exc: BaseException) -> str:
+def said_by(exc: BaseException) -> str:
     """The Hub's own words."""
     words = (getattr(each, "server_message", None) for each in chain(exc))
-    return " ".join(str(next((word for word in words if word), exc)).split())[:300]
+    return " ".join(str(next((said for said in words if said), exc)).split())[:300]
 
 
-@contextmanager
-def no_progress_bars() -> Iterator[None]:
-    """For files too small for a bar."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    if are_progress_bars_disabled():
-        yield
-        return
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        enable_progress_bars()
+def told(events: Generator[Waiting, None, _T], on_wait: Callable[[Waiting], None]) -> _T:
+    """Run ``events`` to its end, passing each wait on; returns what it returns."""
+    while True:
+        try:
+            on_wait(next(events))
+        except StopIteration as stop:
+            found: _T = stop.value
+            return found

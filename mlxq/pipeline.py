@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +15,18 @@ from mlxq.calibration.streamed import not_sequential
 from mlxq.card import source_metadata, write_card
 from mlxq.errors import BadInputError, MlxqError, RecipeError
 from mlxq.execute import Progress, execute
+from mlxq.low_disk import execute_by_shards
 from mlxq.methods.formats import Format
 from mlxq.metrics.size import measure_size
-from mlxq.plan import BY_BUDGET, Plan, Step, make_plan
+from mlxq.patience import Waiting
+from mlxq.plan import BY_BUDGET, Plan, make_plan
 from mlxq.recipe import Calibration, Recipe, load_recipe, recipe_from_dict
 from mlxq.report import build_report, source_facts, write_report
+from mlxq.room import check_room
 from mlxq.runtime import peak_rss_bytes
-from mlxq.sources.hub import fetch_file
+from mlxq.sources.download import Downloading, fetch, fetch_companions
 from mlxq.sources.resolve import resolve
-from mlxq.sources.safetensors import SafetensorsFolder, read_file_header, with_file
+from mlxq.sources.safetensors import read_file_header
 from mlxq.writer import PartialFolder
 
 
@@ -82,15 +84,13 @@ def prepare(
     options: Options,
     *,
     allocated: Mapping[str, Format | None] | None = None,
-    headers_only: bool = False,
-    tokenizer: bool = True,
+    on_wait: Callable[[Waiting], None] = lambda _: None,
 ) -> Plan:
     """Everything up to the plan, from headers only; ``allocated`` are formats that a budget came to earlier.
 
-    Of a Hub id the weights are fetched first, so that they can be read, unless ``headers_only``; a large tokenizer
-    comes along unless ``tokenizer`` is False.
+    ``on_wait`` is told when the Hub lets one wait.
     """
-    source = resolve(model, headers_only=headers_only, code=options.trust_remote_code, tokenizer=tokenizer)
+    source = resolve(model, trust_remote_code=options.trust_remote_code, on_wait=on_wait)
     architecture = bind(source, trust_remote_code=options.trust_remote_code)
     remarks: tuple[str, ...] = ()
     if recipe.method != "rtn" and recipe.calibration.has_text:
@@ -148,23 +148,37 @@ def default_output(recipe: Recipe, model: str) -> Path:
     return Path(f"{name}-{recipe.name}")
 
 
+def with_weights(
+    plan: Plan, out: Path, options: Options, *, low_disk: bool = False
+) -> Generator[Downloading | Waiting, None, Plan]:
+    """The same plan with its source on this disk; with ``low_disk`` all but the weights.
+
+    Raises MlxqError where the disk has no room for source and output, or the Hub cannot be reached.
+    """
+    check_room(plan, out, low_disk=low_disk, trust_remote_code=options.trust_remote_code)
+    source = yield from (fetch_companions if low_disk else fetch)(plan.source)
+    return replace(plan, source=source)
+
+
 def run(
     plan: Plan, out: Path, options: Options, *, force: bool = False, low_disk: bool = False
-) -> Iterator[Progress | Resumed | Finished]:
+) -> Iterator[Progress | Resumed | Downloading | Waiting | Finished]:
     """Write ``plan`` to ``out``, yielding progress; the last event is ``Finished``.
 
-    With ``low_disk`` the source is a Hub model of headers only, and its weight files are fetched one at a time.
+    What is still on the Hub is fetched first, or with ``low_disk`` shard by shard as it is needed.
+
     Raises BadInputError where ``out`` exists and ``force`` is not given, MlxqError where the run fails; what is
     finished by then stays in ``out.partial`` and the same call continues from it.
     """
     began = time.perf_counter()
+    if out.exists() and not force:
+        raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
+    plan = yield from with_weights(plan, out, options, low_disk=low_disk)
     with PartialFolder(plan, out, force=force) as partial:
         if partial.found.done or partial.found.discarded:
             yield Resumed(len(partial.found.done), partial.found.discarded, partial.folder)
-        if low_disk:
-            yield from _file_by_file(plan, partial, out, trust_remote_code=options.trust_remote_code)
-        else:
-            yield from execute(plan, partial, trust_remote_code=options.trust_remote_code)
+        write = execute if plan.source.remote is None else execute_by_shards
+        yield from write(plan, partial, trust_remote_code=options.trust_remote_code)
         executed = time.perf_counter()
         peak = peak_rss_bytes()
         partial.write_sidecars()
@@ -178,53 +192,6 @@ def run(
         write_report(report, partial.folder)
         partial.publish()
     yield Finished(out, report)
-
-
-def check_low_disk(plan: Plan) -> None:
-    """Raise BadInputError where weight files cannot come and go one at a time."""
-    if not isinstance(plan.source, SafetensorsFolder) or not plan.source.headers_only:
-        raise BadInputError(
-            f"--low-disk fetches the files of a Hub id one at a time, and {plan.source.name} is here", "Leave it out."
-        )
-    if any(step.guided for step in plan.steps) or plan.recipe.budget is not None:
-        raise BadInputError("--low-disk cannot calibrate, which passes through the whole model", "Use method: rtn.")
-    if assembled := [step.path for step in plan.steps if step.source is None]:
-        raise BadInputError(
-            f"--low-disk needs weights that map straight through, and {assembled[0]} is assembled from several tensors",
-            "Leave --low-disk out for this model.",
-        )
-
-
-def low_disk_bytes(plan: Plan) -> int:
-    """Free disk that ``low_disk`` needs: the output and the largest weight file of the source."""
-    return plan.file_bytes + max(file.stat().st_size for file in plan.source.weight_files)
-
-
-def _file_by_file(plan: Plan, partial: PartialFolder, out: Path, *, trust_remote_code: bool) -> Iterator[Progress]:
-    """Fetch a weight file, write every tensor read from it, drop it, and so on."""
-    source = plan.source
-    assert isinstance(source, SafetensorsFolder)
-    assert source.base_model is not None
-    assert source.revision is not None
-    by_file: dict[str, list[Step]] = {}
-    for step in plan.steps:
-        assert step.source is not None
-        by_file.setdefault(source.stored[step.source].file.name, []).append(step)
-    written = 0
-    downloads = out.with_name(out.name + ".download")
-    for name, steps in by_file.items():
-        nbytes = sum(spec.nbytes for step in steps for spec in step.outputs)
-        paths = frozenset(step.path for step in steps)
-        if not paths <= partial.found.done:
-            file = fetch_file(source.base_model, source.revision, name, downloads)
-            near = replace(plan, source=with_file(source, file))
-            for event in execute(near, partial, only=paths, trust_remote_code=trust_remote_code):
-                # It counts what it was not asked to write as written.
-                local = event.written_bytes - (event.total_bytes - nbytes)
-                yield Progress(written + local, event.total_bytes, event.finished)
-            file.unlink()
-        written += nbytes
-    shutil.rmtree(downloads, ignore_errors=True)
 
 
 def verify(plan: Plan, folder: Path, *, trust_remote_code: bool = False) -> None:
@@ -248,7 +215,9 @@ def verify(plan: Plan, folder: Path, *, trust_remote_code: bool = False) -> None
         raise MlxqError(f"the output does not load: {exc.message}", f"It is kept in {folder} for a look.") from exc
 
 
-def prepare_locked(report: dict[str, Any], model: str | None) -> tuple[Plan, Options]:
+def prepare_locked(
+    report: dict[str, Any], model: str | None, *, on_wait: Callable[[Waiting], None] = lambda _: None
+) -> tuple[Plan, Options]:
     """The plan that an ``mlxq.json`` records, on the same source.
 
     Raises BadInputError where the source is no longer the one recorded.
@@ -256,15 +225,15 @@ def prepare_locked(report: dict[str, Any], model: str | None) -> tuple[Plan, Opt
     recorded = report["source"]
     options = Options(**report["options"])
     name = model or recorded["name"]
-    if model is None and recorded["revision"] and recorded["base_model"]:
-        name = f"{recorded['base_model']}@{recorded['revision']}"
+    if model is None and recorded["revision"]:
+        name = f"{recorded['name'].partition('@')[0]}@{recorded['revision']}"
     allocated = {
         module["path"]: Format(**module["format"]) if module["format"] else None
         for module in report["modules"]
         if module["decided_by"] == BY_BUDGET
     }
     recipe = recipe_from_dict(report["recipe"]["resolved"], report["recipe"]["name"])
-    plan = replace(prepare(recipe, name, options, allocated=allocated), spending=report.get("budget"))
+    plan = replace(prepare(recipe, name, options, allocated=allocated, on_wait=on_wait), spending=report.get("budget"))
     now = source_facts(plan.source)
     if now["headers_sha256"] != recorded["headers_sha256"]:
         raise BadInputError(

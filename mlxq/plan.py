@@ -139,11 +139,12 @@ class Plan:
             for text in self.recipe.calibration.texts:
                 if (file := Path(text)).is_file():
                     digest.update(file.read_bytes())
-        if self.source.revision:
-            digest.update(f"{self.source.base_model}@{self.source.revision}".encode())
-            return digest.hexdigest()
         for file in self.source.weight_files:
             stat = file.stat()
+            if self.source.revision is not None:
+                # A commit names the bytes, wherever and whenever they are fetched.
+                digest.update(f"{self.source.revision} {file.name} {stat.st_size}\n".encode())
+                continue
             digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 

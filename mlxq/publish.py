@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mlxq import __version__, card
 from mlxq.architecture import open_lazily
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.patience import TRIES, Waiting, chain, no_progress_bars, offline, patiently, response_of, said
+from mlxq.patience import TRIES, Waiting, chain, is_offline, patiently, response_of, said_by
 from mlxq.report import FILE_NAME, hash_files, read_report, report_bytes
 from mlxq.target import Target, target_faults
 
@@ -176,7 +176,7 @@ def preview(checked: Checked, target: Target, *, force: bool = False) -> Generat
 
     Raises BadInputError where it would be refused, MlxqError where the Hub cannot be asked.
     """
-    outlook = yield from _ask(lambda: _look(checked, target, force=force), target)
+    outlook = yield from _patiently(lambda: _look(checked, target, force=force), target)
     _refuse(outlook.remote, target, force=force)
     return outlook
 
@@ -195,16 +195,18 @@ def publish(checked: Checked, target: Target, *, force: bool = False) -> Iterato
     created = not outlook.remote.exists
     if created:
         yield Step(f"creating {target.repo}")
-        yield from _ask(lambda: api.create_repo(target.repo, private=target.private or None, exist_ok=True), target)
+        yield from _patiently(
+            lambda: api.create_repo(target.repo, private=target.private or None, exist_ok=True), target
+        )
     if not outlook.remote.branch_exists and target.branch != "main":
         yield Step(f"creating branch {target.branch}")
-        yield from _ask(lambda: api.create_branch(target.repo, branch=target.branch, exist_ok=True), target)
+        yield from _patiently(lambda: api.create_branch(target.repo, branch=target.branch, exist_ok=True), target)
     sent = outlook.named("new", "changed")
     size = sum(change.size_bytes for change in sent)
     if sent:
         yield Step(f"sending {len(sent)} files, {size / 1e6:,.1f} MB")
-    done = yield from _ask(lambda: _send(checked, target, force=force), target)
-    after = yield from _ask(lambda: _files_of(api, target.repo, done.reference), target)
+    done = yield from _patiently(lambda: _send(checked, target, force=force), target)
+    after = yield from _patiently(lambda: _files_of(api, target.repo, done.reference), target)
     _prove(checked, done.drawn, after, target)
     _keep(done.drawn, checked.folder)
     if target.collection:
@@ -281,7 +283,7 @@ def _files_of(api: HfApi, repo: str, revision: str) -> dict[str, RemoteFile]:
 def _remote_text(api: HfApi, target: Target, remote: Remote, name: str) -> str | None:
     if name not in remote.files:
         return None
-    with no_progress_bars():
+    with _no_progress_bars():
         return card.as_text(Path(api.hf_hub_download(target.repo, name, revision=remote.commit)).read_bytes())
 
 
@@ -428,7 +430,7 @@ def _add_to_collection(api: HfApi, target: Target) -> Generator[Waiting, None, N
     assert target.collection is not None
     slug = target.collection
     try:
-        yield from _ask(
+        yield from _patiently(
             lambda: api.add_collection_item(slug, item_id=target.repo, item_type="model", exists_ok=True), target
         )
     except MlxqError as exc:
@@ -447,9 +449,24 @@ def _api() -> HfApi:
     return HfApi(library_name="mlxq", library_version=__version__)
 
 
-def _ask(call: Callable[[], _T], target: Target) -> Generator[Waiting, None, _T]:
-    # The answer may be lost and not the request: a second try could open a second pull request.
-    return patiently(call, lambda exc: _explained(exc, target), repeatable=not target.create_pr)
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """For files too small for a bar."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _patiently(call: Callable[[], _T], target: Target) -> Generator[Waiting, None, _T]:
+    """``patiently``; the answer to a pull request may be lost and not the request: a second try could open another."""
+    return (yield from patiently(call, lambda exc: _explained(exc, target), once=target.create_pr))
 
 
 def _explained(exc: Exception, target: Target) -> MlxqError:
@@ -457,12 +474,12 @@ def _explained(exc: Exception, target: Target) -> MlxqError:
     from huggingface_hub.errors import GatedRepoError
 
     again = "Run the same command again: what the Hub has is not sent again."
-    if offline(exc):
+    if is_offline(exc):
         return BadInputError("HF_HUB_OFFLINE is set, and publishing needs the Hub", "Unset it.")
     response = response_of(exc)
     if response is None:
         *_, root = chain(exc)
-        return MlxqError(f"the connection to the Hub broke while publishing {target.repo}: {said(root)}", again)
+        return MlxqError(f"the connection to the Hub broke while publishing {target.repo}: {said_by(root)}", again)
     status = response.status_code
     if any(isinstance(e, GatedRepoError) for e in chain(exc)):
         return BadInputError(
@@ -478,11 +495,11 @@ def _explained(exc: Exception, target: Target) -> MlxqError:
             "Use a token with write rights to it (https://huggingface.co/settings/tokens), or try --create-pr.",
         )
     if status == 404:
-        return BadInputError(f"the Hub knows nothing by that name: {said(exc)}", "Check the spelling.")
+        return BadInputError(f"the Hub knows nothing by that name: {said_by(exc)}", "Check the spelling.")
     if status in (409, 412):
         return MlxqError(f"{target.repo} was changed by somebody else meanwhile", again)
     if status == 429:
         return MlxqError(f"the Hub still limits how often it may be asked, after {TRIES} tries", again)
     if status >= 500:
         return MlxqError(f"the Hub has trouble of its own: it answered {status}", again)
-    return BadInputError(f"the Hub refused ({status}): {said(exc)}")
+    return BadInputError(f"the Hub refused ({status}): {said_by(exc)}")

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mlxq.plan import Plan
     from mlxq.publish import Outlook
     from mlxq.recipe import Recipe
+    from mlxq.room import Room
     from mlxq.runtime import Environment
     from mlxq.target import Target
     from mlxq.tensors import TensorSpec
@@ -96,6 +97,29 @@ def plan_summary(plan: Plan) -> list[str]:
         f"the source has {size_text(plan.source.stored_bytes)}."
     ]
     return lines + [f"[yellow]*[/] {escape(line)}" for line in plan_notes(plan)]
+
+
+def room_summary(room: Room) -> list[str]:
+    """What is fetched, and the disk that takes, in a line; none where everything is here."""
+    if room.download_bytes == 0 and not room.low_disk:
+        return []
+    fetched = f"{size_text(room.download_bytes)} to fetch"
+    if not room.low_disk:
+        needed = size_text(room.source_bytes + room.output_bytes)
+        return [f"{fetched}; free disk needed: {needed}, source and output."]
+    needed = size_text(room.source_bytes + room.output_bytes)
+    source = f"{size_text(room.source_bytes)} of source at once ({room.shard_count} files in all)"
+    return [f"{fetched}; free disk needed: {needed}, which is {size_text(room.output_bytes)} of output and {source}."]
+
+
+def room_facts(room: Room) -> dict[str, Any]:
+    """The disk a run takes, as data."""
+    return {
+        "download_bytes": room.download_bytes,
+        "source_bytes": room.source_bytes,
+        "output_bytes": room.output_bytes,
+        "low_disk": room.low_disk,
+    }
 
 
 def plan_notes(plan: Plan) -> list[str]:
@@ -219,6 +243,7 @@ def inspection_table(found: Inspection) -> Table:
     table.add_row("context", f"{found.context_length:,} tokens" if found.context_length else "not stated")
     facts = found.tokenizer
     vocabulary = f"{facts.vocabulary:,} tokens" if facts.vocabulary else "unknown vocabulary"
+    vocabulary += " by the config" if facts.vocabulary and not facts.counted else ""
     template = "with a chat template" if facts.chat_template else "no chat template"
     table.add_row("tokenizer", f"{facts.kind or 'unknown kind'}, {vocabulary}, {template}")
     return table

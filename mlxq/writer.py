@@ -52,6 +52,11 @@ class PartialFolder:
         except OSError as exc:
             raise _explained(exc, self.folder) from exc
 
+    @property
+    def source_folder(self) -> Path:
+        """Where weights of the source may be kept while they are needed."""
+        return self.folder / "source"
+
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
@@ -65,6 +70,7 @@ class PartialFolder:
         self._descriptors: dict[str, int] = {}
         try:
             self.found = self._take_up()
+            self.done = set(self.found.done)
             self._preallocate()
         except BaseException:
             self.close()
@@ -133,6 +139,7 @@ class PartialFolder:
         """Note in the journal that every byte of a step is written."""
         self._journal.write(json.dumps({"step": path}) + "\n")
         self._journal.flush()
+        self.done.add(path)
 
     def write_sidecars(self) -> None:
         """Write config, index and byte copies of the source's tokenizer and other companions."""
@@ -157,6 +164,7 @@ class PartialFolder:
         self.close()
         for name in (JOURNAL, "lock"):
             (self.folder / name).unlink()
+        shutil.rmtree(self.source_folder, ignore_errors=True)
         if self.out.exists():
             old = self.out.with_name(self.out.name + ".replaced")
             if old.exists():

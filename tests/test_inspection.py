@@ -270,7 +270,7 @@ def write_tokenizer(folder: Path) -> None:
 def test_tokenizer_facts(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, LLAMA, llama_tensors())
     bare = inspect_model(open_folder(folder, "m"), 1).tokenizer
-    assert (bare.kind, bare.vocabulary, bare.chat_template) == (None, None, False)
+    assert (bare.kind, bare.vocabulary, bare.counted, bare.chat_template) == (None, 100, False, False)
     write_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "X"}))
     found = inspect_model(open_folder(folder, "m"), 1).tokenizer

@@ -16,7 +16,8 @@ import pytest
 
 from mlxq import card
 from mlxq.errors import BadInputError, MlxqError, RecipeError
-from mlxq.publish import PLOT, Checked, Published, Target, Waiting, check_folder, publish
+from mlxq.patience import Waiting
+from mlxq.publish import PLOT, Checked, Published, Target, check_folder, publish
 from mlxq.recipe import load_recipe, recipe_from_dict
 from tests.checkpoints import llama
 from tests.hub_server import READ_TOKEN, TOKEN, USER, Hub

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from typing import Annotated
 
@@ -47,20 +46,10 @@ app.add_typer(recipes.app, name="recipes")
 app.command("env")(env.command)
 
 
-class _Notes(logging.Handler):
-    """Says on stderr what core code has to tell while it works: that the Hub asks it to wait."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        from mlxq.console import warn
-
-        warn(record.getMessage())
-
-
 def main() -> None:
     """Run the program; every explained error becomes one line and an exit code."""
     from mlxq.errors import MlxqError
 
-    logging.getLogger("mlxq").addHandler(_Notes())
     try:
         app()
     except MlxqError as error:

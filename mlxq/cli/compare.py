@@ -68,14 +68,19 @@ def command(
         raise BadInputError("nothing to compare with the original", "Name models or recipes after it.")
     load_blas()
     from mlxq.candidates import load_candidate, model_candidate
+    from mlxq.cli.writing import bring_here
     from mlxq.compare import Settings, read_prompts
     from mlxq.metrics.forward import on_cpu
     from mlxq.metrics.speed import CPU_SETTINGS, SpeedSettings
+    from mlxq.recipe import names_recipe
 
     lengths = (CPU_SETTINGS if on_cpu() else SpeedSettings()) if speed else None
     settings = Settings(
         texts=tuple(text or ()), tokens=tokens, speed=lengths, prompts=read_prompts(prompts) if prompts else ()
     )
+    for name in (reference or models[0], *rest):
+        if not names_recipe(name):
+            bring_here(name, quiet=quiet)
     with tempfile.TemporaryDirectory(prefix="mlxq-compare-") as scratch:
         original = model_candidate(reference or models[0], Path(scratch))
         candidates = [load_candidate(name, original, Path(scratch)) for name in rest]
@@ -120,6 +125,7 @@ def check_recipe_gates(gates: Sequence[str], model: str, out: Path, *, quiet: bo
     The results go into its ``mlxq.json``. Raises GateError with a line per failed gate.
     """
     from mlxq.candidates import model_candidate
+    from mlxq.cli.writing import bring_here
     from mlxq.compare import Settings
     from mlxq.console import note
     from mlxq.errors import GateError
@@ -130,6 +136,7 @@ def check_recipe_gates(gates: Sequence[str], model: str, out: Path, *, quiet: bo
     parsed = [parse_gate(line) for line in gates]
     timed = any(gate.metric in SPEED_METRICS for gate in parsed)
     lengths = (CPU_SETTINGS if on_cpu() else SpeedSettings()) if timed else None
+    bring_here(model, quiet=quiet)
     with tempfile.TemporaryDirectory(prefix="mlxq-compare-") as scratch:
         original = model_candidate(model, Path(scratch))
         candidate = model_candidate(str(out), Path(scratch))

@@ -41,27 +41,31 @@ def command(
 
     Example: mlxq convert model.gguf -o ./model-mlx --keep-quantization
     """
-    from mlxq.cli.writing import show_plan, write_model
-    from mlxq.console import quieten
+    from mlxq.cli.writing import say_waiting, show_plan, write_model
     from mlxq.errors import BadInputError
     from mlxq.recipe import recipe_from_dict
     from mlxq.runtime import load_blas
 
-    quieten(quiet)
     if dequantize and keep_quantization:
         raise BadInputError("--dequantize and --keep-quantization exclude each other")
     load_blas()
-    from mlxq.pipeline import Options, check_low_disk, default_output, prepare
+    from mlxq.pipeline import Options, default_output, prepare
 
     recipe = recipe_from_dict({"dtype": dtype.value} if dtype else {}, "mlx")
     options = Options(dequantize=dequantize, keep_quantization=keep_quantization, trust_remote_code=trust_remote_code)
     out = output or default_output(recipe, model)
     if not dry_run and out.exists() and not force:
         raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-    plan = prepare(recipe, model, options, headers_only=dry_run or low_disk, tokenizer=not dry_run)
-    if low_disk:
-        check_low_disk(plan)
+    plan = prepare(recipe, model, options, on_wait=say_waiting)
     if dry_run:
-        show_plan(plan, out=out, why=None, as_json=as_json, quiet=quiet, low_disk=low_disk)
+        show_plan(
+            plan,
+            out=out,
+            why=None,
+            as_json=as_json,
+            quiet=quiet,
+            low_disk=low_disk,
+            trust_remote_code=trust_remote_code,
+        )
     else:
-        write_model(plan, out, options, force=force, low_disk=low_disk, generate=generate, as_json=as_json, quiet=quiet)
+        write_model(plan, out, options, force=force, generate=generate, as_json=as_json, quiet=quiet, low_disk=low_disk)

@@ -42,7 +42,7 @@ def command(
     from mlxq.sources.resolve import resolve
 
     if recipe is not None:
-        from mlxq.cli.writing import show_plan
+        from mlxq.cli.writing import say_waiting, show_plan
         from mlxq.errors import BadInputError
         from mlxq.recipe import load_recipe
         from mlxq.runtime import load_blas
@@ -56,16 +56,18 @@ def command(
         load_blas()
         from mlxq.pipeline import Options, default_output, prepare
 
-        plan = prepare(loaded, model, Options(requantize=True, trust_remote_code=trust_remote_code), headers_only=True)
+        options = Options(requantize=True, trust_remote_code=trust_remote_code)
+        plan = prepare(loaded, model, options, on_wait=say_waiting)
         show_plan(plan, out=default_output(loaded, model), why=why, as_json=as_json, quiet=quiet)
         return
     from mlxq import tables
+    from mlxq.cli.writing import say_waiting
     from mlxq.devices import find_device, this_machine
     from mlxq.fit import estimate, fit
     from mlxq.inspection import encode_text, inspect_model
     from mlxq.recipe import shipped_recipes
 
-    source = resolve(model, headers_only=True, tokenizer=text is not None)
+    source = resolve(model, tokenizer=text is not None, trust_remote_code=trust_remote_code, on_wait=say_waiting)
     machine = find_device(device) if device else this_machine()
     found = inspect_model(source, context)
     encoding = encode_text(source, text) if text is not None else None

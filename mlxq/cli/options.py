@@ -17,10 +17,13 @@ DryRun = Annotated[
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Let mlx-lm run the model file that a repository brings.")
 ]
+LowDisk = Annotated[
+    bool,
+    typer.Option(
+        "--low-disk", help="Fetch a Hub model file by file as each is needed, and drop it after its last use."
+    ),
+]
 Generate = Annotated[
     bool,
     typer.Option("--generate/--no-generate", help="Answer a short prompt with the result and show its speed."),
-]
-LowDisk = Annotated[
-    bool, typer.Option("--low-disk", help="Of a Hub id: fetch one weight file at a time, and drop it once written.")
 ]

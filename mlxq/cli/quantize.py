@@ -82,16 +82,12 @@ def command(
 
     Example: mlxq quantize ./my-model --bpw 4.25
     """
-    from mlxq.cli.writing import show_plan, write_model
-    from mlxq.console import quieten
+    from mlxq.cli.writing import fetched, say_waiting, show_plan, write_model
     from mlxq.errors import BadInputError, MlxqError
 
-    quieten(quiet)
     _check_together(recipe, locked, sets, bpw, size, frontier, plot)
     spending = target = None
     if locked is not None:
-        if low_disk:
-            raise BadInputError("--locked reads the source whole, so it takes no --low-disk")
         from mlxq.runtime import load_blas
 
         load_blas()
@@ -99,7 +95,7 @@ def command(
         from mlxq.report import read_report
 
         recorded = read_report(locked)
-        plan, options = prepare_locked(recorded, model)
+        plan, options = prepare_locked(recorded, model, on_wait=say_waiting)
         out = output or Path(f"{locked.resolve().parent.name}-rebuilt")
     else:
         assert recipe is not None
@@ -114,20 +110,22 @@ def command(
         from mlxq.runtime import load_blas
 
         load_blas()
-        from mlxq.pipeline import Options, check_low_disk, default_output, prepare
+        from mlxq.pipeline import Options, default_output, prepare
 
         recorded = None
         options = Options(requantize=requantize, trust_remote_code=trust_remote_code)
         out = output or (Path(loaded.output) if loaded.output else default_output(loaded, name))
         if not (dry_run or frontier or why is not None or force) and out.exists():
             raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-        looks = (dry_run or why is not None) and loaded.budget is None
-        plan = prepare(loaded, name, options, headers_only=looks or low_disk, tokenizer=not looks)
+        plan = prepare(loaded, name, options, on_wait=say_waiting)
         if low_disk:
+            from mlxq.low_disk import check_low_disk
+
             check_low_disk(plan)
         if loaded.budget is not None:
             from mlxq.cli.spending import spend_budget
 
+            plan = fetched(plan, out, options, quiet=quiet)
             plan, spending = spend_budget(plan, options, measure_curve=frontier, quiet=quiet)
         elif frontier or explain:
             raise BadInputError(
@@ -145,15 +143,26 @@ def command(
             show_json({"schema": "mlxq.budget", "schema_version": 1, **(plan.spending or {})})
         return
     if dry_run or why is not None:
-        show_plan(plan, out=out, why=why, as_json=as_json, quiet=quiet, low_disk=low_disk)
+        show_plan(
+            plan,
+            out=out,
+            why=why,
+            as_json=as_json,
+            quiet=quiet,
+            low_disk=low_disk,
+            trust_remote_code=trust_remote_code,
+        )
         return
     finished = write_model(
-        plan, out, options, force=force, low_disk=low_disk, generate=generate, as_json=as_json, quiet=quiet
+        plan, out, options, force=force, generate=generate, as_json=as_json, quiet=quiet, low_disk=low_disk
     )
     if plan.recipe.gates:
         from mlxq.cli.compare import check_recipe_gates
 
-        check_recipe_gates(plan.recipe.gates, plan.source.name, out, quiet=quiet)
+        original = plan.source.name
+        if plan.source.revision is not None:
+            original = f"{original.partition('@')[0]}@{plan.source.revision}"
+        check_recipe_gates(plan.recipe.gates, original, out, quiet=quiet)
     if recorded is not None and (differing := differing_files(finished.report, recorded)):
         raise MlxqError(
             f"{out} differs from what {locked} records in {', '.join(differing)}",

@@ -66,9 +66,10 @@ def check(
     try:
         recipe = load_recipe(file, sets or ())
         if model is not None:
+            from mlxq.cli.writing import say_waiting
             from mlxq.pipeline import Options, prepare
 
-            plan = prepare(recipe, model, Options(requantize=True), headers_only=True)
+            plan = prepare(recipe, model, Options(requantize=True), on_wait=say_waiting)
             facts["model"] = model
             if recipe.budget is None:
                 facts |= {"file_bytes": plan.file_bytes, "bits_per_weight": plan.bits_per_weight}

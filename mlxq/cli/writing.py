@@ -5,58 +5,137 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mlxq.console import note, progress, show, show_json, show_text, warn
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from mlxq.patience import Waiting
     from mlxq.pipeline import Finished, Options
     from mlxq.plan import Plan
+    from mlxq.sources.download import Downloading
+
+_T = TypeVar("_T")
 
 
-def show_plan(plan: Plan, *, out: Path, why: str | None, as_json: bool, quiet: bool, low_disk: bool = False) -> None:
+def say_waiting(event: Waiting) -> None:
+    """Say on stderr that the Hub lets one wait."""
+    warn(f"{event.reason}; trying again in {event.seconds:.0f} s")
+
+
+def fetched(plan: Plan, out: Path, options: Options, *, quiet: bool) -> Plan:
+    """The same plan with its source here, fetched with progress where it is on the Hub."""
+    from mlxq.pipeline import with_weights
+
+    if plan.source.remote is None:
+        return plan
+    return _fetched(with_weights(plan, out, options), plan.source.name, quiet=quiet)
+
+
+def bring_here(model: str, *, quiet: bool) -> None:
+    """Fetch a model into the cache, with progress, where it is on the Hub."""
+    from mlxq.sources.download import fetch
+    from mlxq.sources.resolve import resolve
+
+    source = resolve(model, on_wait=say_waiting)
+    if source.remote is not None:
+        _fetched(fetch(source), model, quiet=quiet)
+
+
+def _fetched(events: Generator[Downloading | Waiting, None, _T], name: str, *, quiet: bool) -> _T:
+    """Run a download to its end, with progress; returns what it returns."""
+    from mlxq.patience import Waiting
+
+    try:
+        with progress(f"Fetching {name}", quiet=quiet) as meter:
+            while True:
+                try:
+                    event = next(events)
+                except StopIteration as stop:
+                    found: _T = stop.value
+                    return found
+                if isinstance(event, Waiting):
+                    say_waiting(event)
+                else:
+                    meter.update(event.done_bytes, event.total_bytes, event.file)
+    except KeyboardInterrupt:
+        warn("stopped; files that are complete stay in the cache, and the same command continues with the others")
+        raise
+
+
+def show_plan(
+    plan: Plan,
+    *,
+    out: Path,
+    why: str | None,
+    as_json: bool,
+    quiet: bool,
+    low_disk: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
     """Print the plan: as JSON, as the reasons for the modules ``why`` matches, or as the whole table."""
     from mlxq import tables
     from mlxq.report import plan_facts
+    from mlxq.room import room_needed
 
+    room = room_needed(plan, out, low_disk=low_disk, trust_remote_code=trust_remote_code)
     if as_json:
-        show_json({"schema": "mlxq.plan", "schema_version": 1, "output": str(out), **plan_facts(plan)})
+        facts = {"output": str(out), **plan_facts(plan), "disk": tables.room_facts(room)}
+        show_json({"schema": "mlxq.plan", "schema_version": 1, **facts})
     elif why is not None:
         show(tables.why_table(plan, why))
     else:
         show(tables.plan_table(plan))
-        for line in tables.plan_summary(plan):
+        for line in (*tables.plan_summary(plan), *tables.room_summary(room)):
             show(line)
-        if low_disk:
-            from mlxq.pipeline import low_disk_bytes
-
-            show(f"With --low-disk it needs {tables.size_text(low_disk_bytes(plan))} of free disk.")
         what = "written" if plan.recipe.budget else "read or written"
         note(f"Nothing was {what}. Run it without --dry-run to make the model.", quiet=quiet)
 
 
 def write_model(
-    plan: Plan, out: Path, options: Options, *, force: bool, low_disk: bool, generate: bool, as_json: bool, quiet: bool
+    plan: Plan,
+    out: Path,
+    options: Options,
+    *,
+    force: bool,
+    generate: bool,
+    as_json: bool,
+    quiet: bool,
+    low_disk: bool = False,
 ) -> Finished:
     """Run a plan with progress, then show the result and the line that tries it."""
     from mlxq.execute import Progress
+    from mlxq.patience import Waiting
     from mlxq.pipeline import Finished, Resumed, run
+    from mlxq.sources.download import Downloading
     from mlxq.tables import plan_notes
 
     began = time.perf_counter()
     for line in plan_notes(plan):
         note(line, quiet=quiet)
+    if low_disk and plan.source.remote is None:
+        note(f"{plan.source.name} is on this disk already, so --low-disk changes nothing", quiet=quiet)
+    if not low_disk:
+        plan = fetched(plan, out, options, quiet=quiet)
     finished: Finished | None = None
+    written = 0
     partial = out.with_name(out.name + ".partial")
     try:
         with progress(f"Writing {out.name}", quiet=quiet) as meter:
             for event in run(plan, out, options, force=force, low_disk=low_disk):
                 if isinstance(event, Progress):
+                    written = event.written_bytes
                     meter.update(event.written_bytes, event.total_bytes, event.finished)
                 elif isinstance(event, Resumed) and event.discarded:
                     warn(f"{event.folder} held work on another plan; it was started afresh")
                 elif isinstance(event, Resumed):
                     note(f"continuing {event.folder}: {event.step_count} tensors were finished", quiet=quiet)
+                elif isinstance(event, Waiting):
+                    say_waiting(event)
+                elif isinstance(event, Downloading):
+                    meter.update(written, plan.weight_bytes, f"fetching {event.file or 'the small files'}")
                 elif isinstance(event, Finished):
                     finished = event
     except KeyboardInterrupt:

@@ -12,9 +12,11 @@ from mlxq.tensors import TensorSpec
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from mlxq.sources.hub import HubModel
+
 
 class ModelSource(Protocol):
-    """A model somewhere on disk, known by its headers. Building one reads no weights."""
+    """A model known by its headers, here or on the Hub. Building one reads no weights."""
 
     @property
     def name(self) -> str:
@@ -31,6 +33,10 @@ class ModelSource(Protocol):
     @property
     def revision(self) -> str | None:
         """Commit the files came from, where known."""
+
+    @property
+    def remote(self) -> HubModel | None:
+        """Where on the Hub the weights still are; None where they are here."""
 
     @property
     def weights_folder(self) -> Path | None:

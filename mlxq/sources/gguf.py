@@ -32,6 +32,8 @@ from mlxq.tensors import TensorSpec
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from mlxq.sources.hub import HubModel, Scratch
+
 SAMPLE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SAMPLE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
@@ -54,7 +56,7 @@ class BoundTensor:
 
 @dataclass(frozen=True)
 class GGUFSource:
-    """A GGUF file, satisfying ``ModelSource``."""
+    """A GGUF file, satisfying ``ModelSource``. ``scratch`` keeps a temporary folder with it in place."""
 
     name: str
     header: GGUFHeader
@@ -64,6 +66,8 @@ class GGUFSource:
     revision: str | None = None
     kind: str = "gguf"
     weights_folder: Path | None = None
+    remote: HubModel | None = None
+    scratch: Scratch | None = None
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -145,6 +149,7 @@ class GGUFSource:
         return picked
 
     def _pread(self, offset: int, rows: int, row_bytes: int) -> npt.NDArray[Any]:
+        assert self.remote is None, "the weights are still on the Hub"
         descriptor = os.open(self.header.path, os.O_RDONLY)
         try:
             return pread_exactly(descriptor, rows * row_bytes, offset).reshape(rows, row_bytes)

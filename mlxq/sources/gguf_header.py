@@ -74,17 +74,21 @@ class _Malformed(Exception):
     """The header breaks the format; the message says how."""
 
 
+class _Ended(_Malformed):
+    """The data ends before the header does."""
+
+
 class _Cursor:
     """Reads one value after another, never past the end of the file."""
 
-    def __init__(self, data: mmap.mmap) -> None:
+    def __init__(self, data: mmap.mmap | bytes) -> None:
         self.data = data
         self.at = 0
 
     def take(self, nbytes: int) -> bytes:
         end = self.at + nbytes
         if end > len(self.data):
-            raise _Malformed("it is cut short inside its header")
+            raise _Ended("it is cut short inside its header")
         if nbytes > MAX_VALUE_BYTES:
             raise _Malformed(f"a value at byte {self.at:,} of its header takes {nbytes:,} bytes")
         chunk = self.data[self.at : end]
@@ -112,10 +116,11 @@ class _Cursor:
                 start = at + 8
                 at = start + length(data, at)[0]
                 if at > limit:
-                    raise _Malformed("it is cut short inside its header, or a list of strings in it is corrupt")
+                    kind = _Ended if at > size else _Malformed
+                    raise kind("it is cut short inside its header, or a list of strings in it is corrupt")
                 found.append(data[start:at].decode())
         except struct.error as exc:
-            raise _Malformed("it is cut short inside its header") from exc
+            raise _Ended("it is cut short inside its header") from exc
         except UnicodeDecodeError as exc:
             raise _Malformed(f"a string before byte {at:,} of its header is not UTF-8") from exc
         self.at = at
@@ -135,7 +140,7 @@ class _Cursor:
         kind, count = self.number("I"), self.number("Q")
         # The smallest element is one byte, a string eight: a larger count cannot fit in what is left.
         if count * (8 if kind in (_STRING, _ARRAY) else 1) > len(self.data) - self.at:
-            raise _Malformed("it is cut short inside its header")
+            raise _Ended("it is cut short inside its header")
         if kind == _STRING:
             return self.strings(count)
         if kind == _ARRAY:
@@ -164,6 +169,17 @@ def read_gguf_header(path: Path) -> GGUFHeader:
                 return _parse(_Cursor(data), path, size)
             except _Malformed as exc:
                 raise BadInputError(f"{path} is not a complete GGUF file: {exc}", "Download the file again.") from exc
+
+
+def is_whole_header(beginning: bytes) -> bool:
+    """Whether the header of a GGUF file ends within its ``beginning``, or breaks the format there."""
+    try:
+        _parse(_Cursor(beginning), Path(), 1 << 62)
+    except _Ended:
+        return False
+    except _Malformed:
+        return True
+    return True
 
 
 def _parse(cursor: _Cursor, path: Path, size: int) -> GGUFHeader:

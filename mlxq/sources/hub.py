@@ -1,337 +1,542 @@
-"""A model on the Hugging Face Hub: its headers by ranged requests, or its files through ``huggingface_hub``'s cache.
+"""A model on the Hugging Face Hub, known by its headers alone until it is fetched.
 
-What only headers are wanted of becomes a folder of sparse files: each has the header and the length of the real one and
-no data. Everything that reads headers reads such a folder like any other.
+Opening one costs a few requests and little transfer: the list of files, the small JSON files (through the cache of
+``huggingface_hub``), and the header of each weight file by ranged requests. The headers are put in sparse files of
+the right names and sizes in a temporary folder, which every reader of headers, ``mlx_lm`` among them, opens like the
+real thing.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
+import difflib
+import fnmatch
+import importlib
+import os
+import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from mlxq import __version__
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.patience import chain, no_progress_bars, offline, patiently, response_of, said
+from mlxq.patience import TRIES, Waiting, chain, is_offline, patiently, response_of, said_by, told
+from mlxq.sources.gguf_header import is_whole_header
 from mlxq.sources.safetensors import MAX_HEADER_BYTES, SafetensorsFolder, open_folder, read_json
 
 if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
     from mlxq.sources.gguf import GGUFSource
 
-# The small files that travel with a model, and its card, whose licence and languages the new card takes over.
-SMALL_FILES = (
+# Files that travel with the weights, at the top of a repository: what mlx_lm fetches, and licences.
+COMPANIONS = (
     "*.json",
-    "tokenizer.model",
-    "*.tiktoken",
-    "*.txt",
     "*.jsonl",
     "*.jinja",
+    "*.model",
+    "*.tiktoken",
+    "*.txt",
     "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
     "README.md",
 )
-# Read first of a weight file: most headers are shorter.
-FIRST_BYTES = 32 << 10
-# Larger ones (tokenizer.json) are not needed to say what a model is, and are left out where only headers are wanted.
-SMALL_BYTES = 256 << 10
-# What ``inspect`` and a plan need of the small files whatever their size.
-NEEDED_FILES = ("config.json", "model.safetensors.index.json")
-# Free space beyond what is counted, for small files and the file system.
-SPARE_BYTES = 64 << 20
+CODE = "*.py"
+INDEX = "model.safetensors.index.json"
+# What the headers are read together with; a tokenizer settings file can have a megabyte of added tokens.
+_SMALL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "hf_quant_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_SMALL_BYTES = 1_200_000
+# A safetensors header takes about 110 bytes a tensor: this holds that of a usual shard in one request.
+_FIRST_BYTES = 16_384
+_FIRST_GGUF_BYTES = 512 << 10
+_MAX_GGUF_HEADER_BYTES = 128 << 20
+_REQUEST_TIMEOUT_S = 20.0
+_AT_ONCE = 8
 
+_REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./ +-]+\.gguf))?(?:@(?P<revision>[\w./-]+))?")
+_SHARD = re.compile(r"model-(\d+)-of-(\d+)\.safetensors")
 _T = TypeVar("_T")
-_log = logging.getLogger("mlxq.hub")
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """``org/name[/file.gguf][@revision]``, taken apart."""
+
+    repo: str
+    file: str | None
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository."""
+
+    name: str
+    nbytes: int
+
+
+class Scratch:
+    """A temporary folder that goes when nothing refers to it any more."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="mlxq-hub-"))
+        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A repository at one commit: the files it has, with their bytes."""
+    """Where a model's weights still are, and what of the repository is needed.
+
+    ``revision`` is as it was named, ``commit`` what it means.
+    ``weights`` and ``companions`` (config, tokenizer, licence) are all of it. ``scratch`` holds the headers as sparse
+    files, and the small companions.
+    """
 
     repo: str
+    revision: str
     commit: str
-    files: dict[str, int]
-    revision: str | None
-    """As it was asked for; None is the main branch."""
+    weights: tuple[RemoteFile, ...]
+    companions: tuple[RemoteFile, ...]
+    scratch: Scratch
 
     @property
-    def weight_files(self) -> tuple[str, ...]:
-        """The files ``mlx_lm`` reads weights from."""
-        named = (name for name in self.files if "/" not in name and name.startswith("model"))
-        return tuple(sorted(name for name in named if name.endswith(".safetensors")))
+    def folder(self) -> Path:
+        """The temporary folder."""
+        return self.scratch.folder
 
-    def small_files(self, *, code: bool) -> tuple[str, ...]:
-        """Everything else that travels with the model; ``code`` says whether its Python files are wanted."""
-        patterns = (*SMALL_FILES, "*.py") if code else SMALL_FILES
-        names = (name for name in self.files if "/" not in name and any(Path(name).match(p) for p in patterns))
-        return tuple(sorted(names))
+
+def parse_reference(text: str) -> Reference | None:
+    """Take ``org/name[/file.gguf][@revision]`` apart; None where it is nothing of the kind."""
+    found = _REFERENCE.fullmatch(text)
+    if found is None or text.startswith(("./", "../", "~/")):
+        return None
+    return Reference(found["repo"], found["file"], found["revision"])
 
 
 def open_hub(
-    model: str, *, headers_only: bool, code: bool = False, tokenizer: bool = False
+    model: str,
+    reference: Reference,
+    *,
+    tokenizer: bool = False,
+    trust_remote_code: bool = False,
+    on_wait: Callable[[Waiting], None],
 ) -> SafetensorsFolder | GGUFSource:
-    """Open ``org/name[@revision]``, or ``org/name/file.gguf[@revision]``.
+    """Open a model of the Hub by its headers, or whole where the cache of ``huggingface_hub`` has all of it.
 
-    With ``headers_only`` no weights are fetched: the source can be planned and not read, and its tokenizer is there
-    only where it is small or ``tokenizer`` asks for it. Else the files needed come
-    through ``huggingface_hub``'s cache, the repository's own code only where ``code`` says so. Raises BadInputError
-    where the Hub does not have it, MlxqError where it cannot be reached or the disk has no room.
+    ``tokenizer`` fetches the tokenizer's files too, ``trust_remote_code`` the repository's Python files. With
+    ``HF_HUB_OFFLINE`` only the cache is looked at. Raises BadInputError where the Hub has no such model, or does not
+    let it be read, MlxqError where it cannot be reached.
     """
-    name, _, revision = model.partition("@")
-    repo, file = "/".join(name.split("/")[:2]), "/".join(name.split("/")[2:])
-    if _offline_mode():
-        return _from_cache(model, repo, file, revision or None)
-    found = _asked(lambda: look(repo, revision or None), repo, revision)
-    if file or not found.weight_files:
-        return _open_gguf(model, found, file)
-    folder = _mirror(found, tokenizer) if headers_only else _fetched(found, code=code)
-    source = open_folder(folder, model, base_model=repo)
-    return replace(source, revision=found.commit, headers_only=headers_only)
+    from huggingface_hub import is_offline_mode
+
+    offline = is_offline_mode()
+    commit, files = _cached_listing(reference) if offline else _listing(reference, on_wait)
+    try:
+        weights = _weights(reference, commit, files, on_wait)
+    except BadInputError as exc:
+        raise _not_cached(reference, "the cache does not have all of it") if offline else exc from exc
+    gguf = weights[0].endswith(".gguf")
+    companions = [] if gguf else [n for n in files if _travels(n, trust_remote_code=trust_remote_code)]
+    weight_files, companion_files = (tuple(RemoteFile(n, files[n]) for n in names) for names in (weights, companions))
+    remote = HubModel(reference.repo, reference.revision or "main", commit, weight_files, companion_files, Scratch())
+    here = {n: path for n in (*weights, *companions) if (path := cached_file(reference.repo, n, commit)) is not None}
+    if all(name in here for name in (*weights, *companions)):
+        return opened(remote, model, here)
+    assert not offline, "a file that the cache lists is there"
+    wanted = [n for n in companions if tokenizer or n.endswith(".py") or _is_small(n, files[n])]
+    found = _each(lambda n: _download(reference.repo, n, commit), wanted, reference, on_wait)
+    headers = _each(lambda f: _header(reference.repo, commit, f), remote.weights, reference, on_wait)
+    for file, header in zip(remote.weights, headers, strict=True):
+        _write_stand_in(remote.folder / Path(file.name).name, header, file.nbytes)
+    _link(remote.folder, dict(zip(wanted, found, strict=True)))
+    return replace(_open(remote, model), remote=remote)
 
 
-def look(repo: str, revision: str | None) -> HubModel:
-    """Ask the Hub for a repository's commit and files: one request."""
+def opened(remote: HubModel, name: str, files: Mapping[str, Path]) -> SafetensorsFolder | GGUFSource:
+    """The same model with its files here: ``files`` says where each is."""
+    local = replace(remote, scratch=Scratch())
+    _link(local.folder, files)
+    # The folder of links lives as long as the source does.
+    return replace(_open(local, name), scratch=local.scratch)
+
+
+def partly_opened(remote: HubModel, name: str, files: Mapping[str, Path]) -> SafetensorsFolder | GGUFSource:
+    """The same model with some of its weight files here, and the headers of the others."""
+    here = {Path(file).name for file in files}
+    rest = {entry.name: entry for entry in remote.folder.iterdir() if entry.name not in here}
+    return opened(remote, name, {**files, **rest})
+
+
+def add_companions(remote: HubModel, files: Mapping[str, Path]) -> None:
+    """Put companions that were fetched beside the headers."""
+    _link(remote.folder, {name: path for name, path in files.items() if not (remote.folder / name).exists()})
+
+
+def remember_revision(remote: HubModel) -> None:
+    """Note in the cache of ``huggingface_hub`` which commit the revision means, for use offline.
+
+    Its cache keeps one file for each, in ``refs``; a download by commit writes none.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if remote.revision != remote.commit:
+        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=remote.repo, repo_type="model") / "refs"
+        (folder / remote.revision).parent.mkdir(parents=True, exist_ok=True)
+        (folder / remote.revision).write_text(remote.commit, encoding="utf-8")
+
+
+def _open(remote: HubModel, name: str) -> SafetensorsFolder | GGUFSource:
+    """Open ``remote.folder``; errors name the repository rather than a folder that is about to go."""
+    try:
+        if remote.weights[0].name.endswith(".gguf"):
+            from mlxq.sources.gguf import open_gguf
+
+            return replace(open_gguf(remote.folder / Path(remote.weights[0].name).name, name), revision=remote.commit)
+        return open_folder(remote.folder, name, base_model=remote.repo, revision=remote.commit)
+    except BadInputError as exc:
+        raise BadInputError(exc.message.replace(str(remote.folder), remote.repo), exc.hint) from exc
+
+
+def _link(folder: Path, files: Mapping[str, Path]) -> None:
+    for name, path in files.items():
+        (folder / Path(name).name).symlink_to(path.resolve())
+
+
+# What a repository holds.
+
+
+def _api() -> HfApi:
     from huggingface_hub import HfApi
 
-    info = HfApi(library_name="mlxq").model_info(repo, revision=revision, files_metadata=True)
-    return HubModel(repo, str(info.sha), {s.rfilename: int(s.size or 0) for s in info.siblings or ()}, revision)
+    return HfApi(library_name="mlxq", library_version=__version__)
 
 
-def _asked(call: Callable[[], _T], repo: str, revision: str = "") -> _T:
-    """Call the Hub, waiting where it asks to and saying so."""
-    asking = patiently(call, lambda exc: explained(exc, repo, revision))
-    while True:
-        try:
-            waiting = next(asking)
-        except StopIteration as stop:
-            answer: _T = stop.value
-            return answer
-        _log.warning("%s; trying again in %.0f s", waiting.reason, waiting.seconds)
+def _listing(reference: Reference, on_wait: Callable[[Waiting], None]) -> tuple[str, dict[str, int]]:
+    """The commit a revision means now, and the size of each file."""
+    asked = patiently(
+        lambda: _api().model_info(reference.repo, revision=reference.revision, files_metadata=True),
+        lambda exc: explained(exc, reference),
+    )
+    info = told(asked, on_wait)
+    assert info.sha is not None
+    return info.sha, {file.rfilename: file.size or 0 for file in info.siblings or ()}
 
 
-def _offline_mode() -> bool:
-    from huggingface_hub.constants import HF_HUB_OFFLINE
+def _cached_listing(reference: Reference) -> tuple[str, dict[str, int]]:
+    """The commit and files that the cache of ``huggingface_hub`` has of a revision."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
-    return bool(HF_HUB_OFFLINE)
+    try:
+        folder = Path(snapshot_download(reference.repo, revision=reference.revision, local_files_only=True))
+    except LocalEntryNotFoundError as exc:
+        raise _not_cached(reference, "it is not in the cache") from exc
+    return folder.name, {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
 
 
-def _from_cache(model: str, repo: str, file: str, revision: str | None) -> SafetensorsFolder | GGUFSource:
-    """What the cache has of it, where the Hub may not be asked."""
+def _not_cached(reference: Reference, what: str) -> BadInputError:
+    return BadInputError(
+        f"{reference.repo} cannot be opened offline: {what}",
+        "HF_HUB_OFFLINE is set; unset it once to fetch the model, or name a folder.",
+    )
+
+
+def _weights(
+    reference: Reference, commit: str, files: Mapping[str, int], on_wait: Callable[[Waiting], None]
+) -> list[str]:
+    """The weight files that make up the model. Raises BadInputError where there are none mlxq reads."""
+    repo = reference.repo
+    ggufs = sorted(name for name in files if name.endswith(".gguf"))
+    if reference.file is not None:
+        if reference.file not in files:
+            close = difflib.get_close_matches(reference.file, ggufs, 1)
+            hint = f"Did you mean {repo}/{close[0]}?" if close else _gguf_hint(repo, ggufs, files)
+            raise BadInputError(f"{repo} has no file {reference.file}", hint)
+        return [reference.file]
+    names = sorted(n for n in files if fnmatch.fnmatchcase(n, "model*.safetensors") and "/" not in n)
+    if names and "config.json" in files:
+        return names if _is_whole(names) or INDEX not in files else _indexed(reference, commit, files, on_wait)
+    if len(ggufs) == 1:
+        return ggufs
+    if ggufs:
+        raise BadInputError(f"{repo} holds {len(ggufs)} GGUF files: name one", _gguf_hint(repo, ggufs, files))
+    if names:
+        raise BadInputError(f"{repo} is not a model mlxq can read: it has no config.json", "Name its base model.")
+    others = sorted(n for n in files if n.endswith((".bin", ".pt", ".pth", ".safetensors", ".onnx")))
+    raise BadInputError(
+        f"{repo} has no model*.safetensors" + (f", only {', '.join(others[:3])}" if others else ""),
+        "Look for a repository or a revision of the same model in safetensors or GGUF.",
+    )
+
+
+def _gguf_hint(repo: str, ggufs: Sequence[str], files: Mapping[str, int]) -> str | None:
+    if not ggufs:
+        return None
+    listed = ", ".join(f"{repo}/{name} ({files[name] / 1e9:.1f} GB)" for name in ggufs[:12])
+    return f"It has {listed}" + (f" and {len(ggufs) - 12} more." if ggufs[12:] else ".")
+
+
+def _is_whole(names: Sequence[str]) -> bool:
+    """Are these files one whole set, as their names have it?"""
+    numbers = [_SHARD.fullmatch(name) for name in names]
+    counts = {int(found[2]) for found in numbers if found}
+    return names == ["model.safetensors"] or (all(numbers) and counts == {len(names)})
+
+
+def _indexed(
+    reference: Reference, commit: str, files: Mapping[str, int], on_wait: Callable[[Waiting], None]
+) -> list[str]:
+    """The files that the index lists, where names leave open which belong together."""
+    (index,) = _each(lambda n: _download(reference.repo, n, commit), [INDEX], reference, on_wait)
+    listed = sorted(set(map(str, (read_json(index).get("weight_map") or {}).values())))
+    if missing := [name for name in listed if name not in files]:
+        raise BadInputError(
+            f"{reference.repo} is incomplete: its index lists {missing[0]}, which it does not hold",
+            "Look for another revision, or ask its owner.",
+        )
+    return listed
+
+
+def _travels(name: str, *, trust_remote_code: bool) -> bool:
+    """Is this a file that goes with the weights?"""
+    if "/" in name or (name.endswith(".index.json") and name != INDEX) or name == "mlxq.json":
+        return False
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*COMPANIONS, *([CODE] if trust_remote_code else ())))
+
+
+def _is_small(name: str, nbytes: int) -> bool:
+    return name in _SMALL_FILES and (nbytes <= _SMALL_BYTES or name == "config.json")
+
+
+# Getting what is needed to know it.
+
+
+def _each(
+    call: Callable[[_Item], _T], items: Iterable[_Item], reference: Reference, on_wait: Callable[[Waiting], None]
+) -> list[_T]:
+    """``call`` on every item, several at a time, each tried again where that helps."""
+
+    def asked(item: _Item) -> _T:
+        return told(patiently(lambda: call(item), lambda exc: explained(exc, reference)), on_wait)
+
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        return list(pool.map(asked, items))
+
+
+def cached_file(repo: str, name: str, commit: str) -> Path | None:
+    """Where the cache of ``huggingface_hub`` has a file, or None."""
     from huggingface_hub import try_to_load_from_cache
 
-    # Not snapshot_download: it takes a snapshot for broken that lacks files which nobody asked for.
-    found = try_to_load_from_cache(repo, file or "config.json", revision=revision)
-    if not isinstance(found, str):
-        raise MlxqError(
-            f"HF_HUB_OFFLINE is set, and the cache has no {model}", "Unset it, or run once with a connection."
-        )
-    folder = Path(found.removesuffix(file)) if file else Path(found).parent
-    if file:
-        from mlxq.sources.gguf import open_gguf
-
-        return replace(open_gguf(folder / file, model), base_model=repo, revision=folder.name)
-    return replace(open_folder(folder, model, base_model=repo), revision=folder.name)
+    found = try_to_load_from_cache(repo, name, revision=commit)
+    return Path(found) if isinstance(found, str) else None
 
 
-def _fetched(found: HubModel, *, code: bool) -> Path:
-    """The snapshot in ``huggingface_hub``'s cache, with all that is needed and nothing else."""
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
+def counting_bar(count: Callable[[int], None]) -> Any:
+    """A progress bar class for ``huggingface_hub`` that shows nothing, and hands each number of bytes to ``count``."""
+    from tqdm import tqdm
 
-    wanted = [*found.small_files(code=code), *found.weight_files]
-    missing = sum(
-        found.files[name]
-        for name in wanted
-        if not isinstance(try_to_load_from_cache(found.repo, name, revision=found.commit), str)
-    )
-    _check_room(found, missing)
-    # Names of files are not patterns; what a pattern would make of one is kept literal.
-    patterns = [name.replace("[", "[[]") for name in wanted]
+    class Counting(tqdm):  # type: ignore[misc]
+        def __init__(self, *_: object, **__: object) -> None:
+            super().__init__(disable=True)
 
-    def snapshot(revision: str | None) -> Path:
-        return Path(snapshot_download(found.repo, revision=revision, allow_patterns=patterns))
+        def update(self, n: float | None = 1) -> None:
+            count(int(n or 0))
 
-    # By its name first, so that the cache knows what the name means when there is no connection.
-    folder = _asked(lambda: snapshot(found.revision), found.repo, found.revision or "")
-    if folder.name != found.commit:
-        folder = _asked(lambda: snapshot(found.commit), found.repo, found.commit)
-    return folder
+    return Counting
 
 
-def fetch_file(repo: str, commit: str, name: str, folder: Path) -> Path:
-    """Download one file into ``folder``, not the shared cache; a broken download continues."""
+def resume_after_resets() -> None:
+    """Have ``huggingface_hub`` go on after a connection that was reset, as it does after one that was closed.
+
+    It resumes a download after errors of the protocol alone, and its HTTP library (httpx, or httpx2) calls a reset an
+    error of reading: the client given to it here calls both the same.
+    """
+    from huggingface_hub import get_session, set_client_factory
+
+    session = get_session()
+    if getattr(session, "resumes_after_resets", False):
+        return
+    http: Any = importlib.import_module(type(session).__module__.partition(".")[0])
+
+    class Body(http.SyncByteStream):  # type: ignore[misc]
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __iter__(self) -> Iterator[bytes]:
+            try:
+                yield from self.inner
+            except http.ReadError as exc:
+                raise http.RemoteProtocolError(str(exc)) from exc
+
+        def close(self) -> None:
+            self.inner.close()
+
+    class Client(http.Client):  # type: ignore[misc]
+        resumes_after_resets = True
+
+        def send(self, request: Any, **how: Any) -> Any:
+            response = super().send(request, **how)
+            response.stream = Body(response.stream)
+            return response
+
+    def client() -> Any:
+        return Client(event_hooks=session.event_hooks, follow_redirects=True, timeout=None)
+
+    set_client_factory(client)
+
+
+def _download(repo: str, name: str, commit: str) -> Path:
+    """A small file, from the cache or into it."""
     from huggingface_hub import hf_hub_download
 
-    return Path(_asked(lambda: hf_hub_download(repo, name, revision=commit, local_dir=folder), repo, commit))
+    return Path(hf_hub_download(repo, name, revision=commit, tqdm_class=counting_bar(lambda _: None)))
 
 
-def _check_room(found: HubModel, missing: int) -> None:
-    """Raise MlxqError where the cache's disk has no room for what is still to come."""
-    from huggingface_hub.constants import HF_HUB_CACHE
+def _header(repo: str, commit: str, file: RemoteFile) -> bytes:
+    """The start of a weight file, as far as its header goes."""
+    from huggingface_hub import hf_hub_url
 
-    folder = Path(HF_HUB_CACHE)
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free
-    if missing and missing + SPARE_BYTES > free:
-        raise MlxqError(
-            f"{found.repo} has {missing:,} bytes to download, and the disk of {HF_HUB_CACHE} has {free:,} free",
-            "Free some space, or set HF_HOME to a larger disk; --low-disk fetches one file at a time.",
-        )
-
-
-def _open_gguf(model: str, found: HubModel, file: str) -> GGUFSource:
-    """The GGUF file named, or the only one there is. Its header holds the tokenizer, so it is fetched whole."""
-    from huggingface_hub import hf_hub_download
-
-    from mlxq.sources.gguf import open_gguf
-
-    there = sorted(name for name in found.files if name.endswith(".gguf"))
-    if not file and len(there) != 1:
-        others = sorted(name for name in found.files if name.endswith((".bin", ".pt", ".safetensors")))
-        raise BadInputError(
-            f"{found.repo} has no model*.safetensors" + (f" and {len(there)} GGUF files" if there else ""),
-            f"Name one of them: {found.repo}/{there[0]}"
-            if there
-            else f"It has {', '.join(others[:3]) or 'no weights'}.",
-        )
-    name = file or there[0]
-    if name not in found.files:
-        near = f"It has {', '.join(there[:5])}." if there else "It has no GGUF files."
-        raise BadInputError(f"{found.repo} has no file {name!r}", near)
-    path = _asked(lambda: hf_hub_download(found.repo, name, revision=found.commit), found.repo, found.commit)
-    return replace(open_gguf(Path(path), model), base_model=found.repo, revision=found.commit)
+    url = hf_hub_url(repo, file.name, revision=commit)
+    if file.name.endswith(".gguf"):
+        raw, more = b"", _FIRST_GGUF_BYTES
+        most = min(file.nbytes, _MAX_GGUF_HEADER_BYTES)
+        while len(raw) < most and not is_whole_header(raw):
+            raw += _read_range(url, len(raw), min(most, len(raw) + more))
+            more = len(raw)
+        return raw
+    raw = _read_range(url, 0, min(file.nbytes, _FIRST_BYTES))
+    end = 8 + struct.unpack("<Q", raw[:8])[0] if len(raw) >= 8 else 0
+    if len(raw) < end <= min(file.nbytes, MAX_HEADER_BYTES):
+        raw += _read_range(url, len(raw), end)
+    return raw
 
 
-# Headers alone.
-
-
-@functools.cache
-def _scratch() -> Path:
-    """Where sparse folders live while the program runs."""
-    import atexit
-
-    folder = tempfile.TemporaryDirectory(prefix="mlxq-hub-")
-    atexit.register(folder.cleanup)
-    return Path(folder.name)
-
-
-def _mirror(found: HubModel, tokenizer: bool) -> Path:
-    """A folder with the repository's small files, and weight files of headers and holes."""
-    folder = _scratch() / f"{found.repo.replace('/', '--')}-{found.commit}{'-tokenizer' * tokenizer}"
-    if folder.is_dir():
-        return folder
-    from huggingface_hub import hf_hub_download
-
-    building = Path(tempfile.mkdtemp(dir=_scratch()))
-
-    def small(name: str) -> None:
-        path = _asked(lambda: hf_hub_download(found.repo, name, revision=found.commit), found.repo, found.commit)
-        shutil.copyfile(path, building / name)
-
-    def weights(name: str) -> None:
-        header = _asked(lambda: _header(found, name), found.repo, found.commit)
-        with (building / name).open("wb") as file:
-            file.write(header)
-            file.truncate(found.files[name])
-
-    names = [
-        name
-        for name in found.small_files(code=False)
-        if name in NEEDED_FILES or tokenizer or (found.files[name] <= SMALL_BYTES and name != "README.md")
-    ]
-    with no_progress_bars(), ThreadPoolExecutor(8) as pool:
-        list(pool.map(small, names))
-        index = building / "model.safetensors.index.json"
-        shards = set(map(str, read_json(index).get("weight_map", {}).values())) if index.is_file() else None
-        list(pool.map(weights, [name for name in found.weight_files if shards is None or name in shards]))
-    building.rename(folder)
-    return folder
-
-
-def _header(found: HubModel, name: str) -> bytes:
-    """The first bytes of a safetensors file: its length field and its header."""
-    size = found.files[name]
-    start = _ranged(found, name, 0, min(FIRST_BYTES, size))
-    length = 8 + (struct.unpack("<Q", start[:8])[0] if len(start) >= 8 else 0)
-    if length > min(size, MAX_HEADER_BYTES):
-        raise BadInputError(f"{found.repo}/{name} is not a valid safetensors file", "Look at it on the Hub.")
-    if length > len(start):
-        start += _ranged(found, name, len(start), length)
-    return start[:length]
-
-
-def _ranged(found: HubModel, name: str, start: int, stop: int) -> bytes:
+def _read_range(url: str, start: int, stop: int) -> bytes:
     """Bytes ``start:stop`` of a file on the Hub."""
-    from huggingface_hub import get_session, hf_hub_url
+    from huggingface_hub import get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status  # type: ignore[attr-defined]
 
-    url = hf_hub_url(found.repo, name, revision=found.commit)
-    headers = {**build_hf_headers(library_name="mlxq"), "Range": f"bytes={start}-{stop - 1}"}
-    response = get_session().get(url, headers=headers, follow_redirects=True)
-    hf_raise_for_status(response)
-    content = bytes(response.content)
-    if response.status_code != 206:
-        content = content[start:stop]
-    if len(content) != stop - start:
-        raise OSError(f"{name}: asked for {stop - start} bytes and got {len(content)}")
-    return content
+    headers = build_hf_headers(library_name="mlxq", library_version=__version__)
+    headers |= {"Range": f"bytes={start}-{stop - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=headers, timeout=_REQUEST_TIMEOUT_S) as response:
+        hf_raise_for_status(response)
+        # A proxy that does not know ranges sends the file from its beginning.
+        skipped = start if response.status_code == 200 else 0
+        raw = bytearray()
+        for piece in response.iter_bytes():
+            raw += piece
+            if len(raw) >= skipped + stop - start:
+                break
+    return bytes(raw[skipped : skipped + stop - start])
 
 
-def explained(exc: Exception, repo: str, revision: str) -> MlxqError:
-    """What went wrong on the Hub, in one line, and what to do."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+def _write_stand_in(file: Path, header: bytes, nbytes: int) -> None:
+    """A sparse file with the header and the size of the real one."""
+    with file.open("wb") as stream:
+        stream.write(header)
+        stream.flush()
+        os.truncate(stream.fileno(), nbytes)
 
-    again = "Run the same command again: what has come stays, and a broken download continues."
-    if offline(exc):
-        return MlxqError(f"HF_HUB_OFFLINE is set, and the cache has no {repo}", "Unset it.")
-    kinds = {
-        kind
-        for kind in (GatedRepoError, RevisionNotFoundError, RepositoryNotFoundError)
-        if any(isinstance(each, kind) for each in chain(exc))
-    }
-    if GatedRepoError in kinds:
+
+# What went wrong, in words.
+
+
+def explained(exc: Exception, reference: Reference) -> MlxqError:
+    """What the Hub would not do, in one line, and what to do about it."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    from mlxq.runtime import logged_in
+
+    repo = reference.repo
+    errors = list(chain(exc))
+    if is_offline(exc):
+        return _not_cached(reference, "HF_HUB_OFFLINE forbids asking the Hub")
+    if any(isinstance(e, GatedRepoError) for e in errors):
+        steps = f"Open {constants.ENDPOINT}/{repo}, click 'Agree and access repository'"
         return BadInputError(
             f"{repo} is gated: its owner asks you to accept terms first",
-            f"Open https://huggingface.co/{repo}, accept its terms, then run: hf auth login",
+            f"{steps}, then run the same command again." if logged_in() else f"{steps}, then run: hf auth login",
         )
-    if RevisionNotFoundError in kinds:
-        return BadInputError(f"{repo} has no revision {revision!r}", "Name a branch, a tag or a commit of it.")
-    if RepositoryNotFoundError in kinds:
+    if any(isinstance(e, RevisionNotFoundError) for e in errors):
+        return BadInputError(
+            f"{repo} has no revision {reference.revision!r}", f"Name a branch, tag or commit of it.{_branches(repo)}"
+        )
+    if any(isinstance(e, RepositoryNotFoundError) for e in errors):
+        login = (
+            "For a private one: your login may not be allowed to see it."
+            if logged_in()
+            else "For a private one, log in first: hf auth login"
+        )
         near = _near(repo)
-        hint = f"Did you mean {near}? " if near else "Check the spelling. "
         return BadInputError(
             f"no model at {repo!r}: it is no folder here, and no repository on the Hub that you can see",
-            f"{hint}For a private repository run: hf auth login",
+            f"Did you mean {near}? {login}" if near else f"Check the spelling. {login}",
         )
+    if any(isinstance(e, EntryNotFoundError) for e in errors):
+        return BadInputError(f"{repo} lacks a file it should have: {said_by(exc)}")
     response = response_of(exc)
-    if response is None:
-        *_, root = chain(exc)
-        return MlxqError(f"no folder {repo!r} here, and the Hub could not be reached for it: {said(root)}", again)
-    if response.status_code in (401, 403):
-        return BadInputError(f"the Hub does not let you read {repo}", "Log in with hf auth login, or renew HF_TOKEN.")
-    if response.status_code == 429:
-        return MlxqError("the Hub still limits how often it may be asked", again)
-    if response.status_code >= 500:
-        return MlxqError(f"the Hub has trouble of its own: it answered {response.status_code}", again)
-    return BadInputError(f"the Hub refused ({response.status_code}): {said(exc)}")
+    if response is not None and response.status_code == 401:
+        return BadInputError("the Hub does not accept your login", "Run hf auth login again, or renew HF_TOKEN.")
+    if response is not None and response.status_code == 403:
+        return BadInputError(f"your login may not read {repo}: {said_by(exc)}", "Ask its owner, or use another token.")
+    if response is not None and response.status_code == 429:
+        return MlxqError(f"the Hub still limits how often it may be asked, after {TRIES} tries", _AGAIN)
+    if response is not None and response.status_code >= 500:
+        return MlxqError(f"the Hub has trouble of its own: it answered {response.status_code} for {repo}", _AGAIN)
+    if response is not None and response.status_code >= 400:
+        return BadInputError(f"the Hub refused {repo} ({response.status_code}): {said_by(exc)}")
+    return MlxqError(
+        f"no folder {repo!r} here, and the connection to the Hub broke: {said_by(errors[-1]) or type(exc).__name__}",
+        f"Check the connection. {_AGAIN} HF_HUB_OFFLINE=1 uses what is in the cache.",
+    )
+
+
+_AGAIN = "The same command continues: files that are complete are not fetched again."
 
 
 def _near(repo: str) -> str | None:
-    """A repository of nearly that name, where the Hub offers one."""
-    import difflib
-
-    from huggingface_hub import HfApi
-
+    """The repository whose name is closest to ``repo``, among those of its owner and those of its name."""
     owner, _, name = repo.partition("/")
-    api = HfApi(library_name="mlxq")
+    found: set[str] = set()
+    questions: tuple[dict[str, Any], ...] = (
+        {"author": owner},
+        {"search": name},
+        {"search": re.split(r"[-_.]", name)[0]},
+    )
+    for question in questions:
+        try:
+            found |= {model.id for model in _api().list_models(limit=200, **question)}
+        except Exception:  # A suggestion is not worth a second error.
+            break
+    by_lower = {each.lower(): each for each in sorted(found)}
+    close = difflib.get_close_matches(repo.lower(), by_lower, 1, 0.75)
+    return by_lower[close[0]] if close else None
+
+
+def _branches(repo: str) -> str:
     try:
-        ids = [model.id for model in api.list_models(author=owner, limit=200)]
-        ids += [model.id for model in api.list_models(search=name, limit=20)]
-    except Exception:  # a suggestion is a courtesy: whatever stops it must not hide what went wrong
-        return None
-    close = difflib.get_close_matches(repo, ids, 1, cutoff=0.6)
-    return close[0] if close else None
+        refs = _api().list_repo_refs(repo)
+    except Exception:  # A suggestion is not worth a second error.
+        return ""
+    return f" It has {', '.join([ref.name for ref in (*refs.branches, *refs.tags)][:8])}."

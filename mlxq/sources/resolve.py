@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Callable
 from pathlib import Path
 
 from mlxq.errors import BadInputError
+from mlxq.patience import Waiting
 from mlxq.sources.base import ModelSource
 from mlxq.sources.safetensors import open_folder
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(/[\w./-]+\.gguf)?(@[\w./-]+)?")
 
+def resolve(
+    model: str,
+    *,
+    tokenizer: bool = False,
+    trust_remote_code: bool = False,
+    on_wait: Callable[[Waiting], None] = lambda _: None,
+) -> ModelSource:
+    """Open ``model`` by its headers: nothing of the weights is fetched where it is on the Hub.
 
-def resolve(model: str, *, headers_only: bool = False, code: bool = False, tokenizer: bool = False) -> ModelSource:
-    """Open ``model`` by its headers. Of a Hub id, ``headers_only`` fetches no more; ``code`` and
-    ``tokenizer`` ask for its Python files and its tokenizer too.
-
-    Raises BadInputError where it is neither a folder, a ``.gguf`` file, ``sample`` nor ``org/name[@revision]``.
+    ``tokenizer`` has the tokenizer fetched there, ``trust_remote_code`` Python files too; ``on_wait`` is told when
+    the Hub lets one wait. Raises BadInputError where it is neither a folder, a ``.gguf`` file, ``sample`` nor
+    ``org/name[/file.gguf][@revision]``.
     """
     if model == "sample":
         from mlxq.sources.gguf import open_gguf, sample_path
@@ -34,10 +40,10 @@ def resolve(model: str, *, headers_only: bool = False, code: bool = False, token
             f"{model} is a file that is not GGUF",
             "Name the folder that holds config.json and the weights, or a .gguf file.",
         )
-    if _HUB_ID.fullmatch(model) and not model.startswith(("./", "../")):
-        from mlxq.sources.hub import open_hub
+    from mlxq.sources.hub import open_hub, parse_reference
 
-        return open_hub(model, headers_only=headers_only, code=code, tokenizer=tokenizer)
+    if (reference := parse_reference(model)) is not None:
+        return open_hub(model, reference, tokenizer=tokenizer, trust_remote_code=trust_remote_code, on_wait=on_wait)
     raise BadInputError(
         f"no model at {model!r}",
         "Name a folder, a .gguf file, a Hub id such as org/name, or 'sample' for the installed sample model.",

@@ -7,7 +7,7 @@ import os
 import struct
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ from mlxq.tensors import DTYPE_BITS, TensorSpec
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from mlxq.sources.hub import HubModel, Scratch
 
 # A header larger than this is refused by the reference implementation too.
 MAX_HEADER_BYTES = 100_000_000
@@ -175,7 +177,7 @@ _NUMPY_DTYPES = {
 
 @dataclass(frozen=True)
 class SafetensorsFolder:
-    """A model folder, satisfying ``ModelSource``."""
+    """A model folder, satisfying ``ModelSource``. ``scratch`` keeps a temporary ``folder`` in place."""
 
     name: str
     folder: Path
@@ -184,8 +186,8 @@ class SafetensorsFolder:
     base_model: str | None = None
     revision: str | None = None
     kind: str = "safetensors"
-    headers_only: bool = False
-    """The files have their headers and no data: to be planned, not read."""
+    remote: HubModel | None = None
+    scratch: Scratch | None = None
 
     @property
     def weights_folder(self) -> Path:
@@ -224,7 +226,7 @@ class SafetensorsFolder:
         """Rows ``start:stop`` of tensor ``name``; see ``ModelSource.read_rows``."""
         import numpy as np
 
-        assert not self.headers_only, f"{name} was never fetched"
+        assert self.remote is None, "the weights are still on the Hub"
         tensor = self.stored[name]
         spec = tensor.spec
         row_bytes = spec.nbytes // max(spec.rows, 1)
@@ -243,15 +245,6 @@ class SafetensorsFolder:
     def read_repacked(self, name: str, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
         """Never called: ``repack_format`` is None for every tensor."""
         raise AssertionError(f"{name} has no blocks to repack")
-
-
-def with_file(source: SafetensorsFolder, file: Path) -> SafetensorsFolder:
-    """``source`` with the tensors of one weight file read from ``file``, which has its name."""
-    stored = {
-        name: replace(tensor, file=file) if tensor.file.name == file.name else tensor
-        for name, tensor in source.stored.items()
-    }
-    return replace(source, stored=stored, headers_only=False)
 
 
 def read_json(file: Path) -> dict[str, Any]:
