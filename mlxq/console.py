@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -64,6 +65,30 @@ def show_error(error: MlxqError) -> None:
         console.print(f"[cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
     if os.environ.get("MLXQ_DEBUG") == "1":
         console.print_exception()
+
+
+@contextmanager
+def interrupts() -> Iterator[Callable[[], None]]:
+    """Within the context, call what it gives now and then: it raises KeyboardInterrupt if Ctrl-C was pressed.
+
+    Python drops an exception that strikes inside a destructor or a callback of C code, and with it the key press.
+    """
+    pressed = False
+
+    def remember(signum: int, frame: object) -> None:
+        nonlocal pressed
+        pressed = True
+        raise KeyboardInterrupt
+
+    def check() -> None:
+        if pressed:
+            raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGINT, remember)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 class Meter(Protocol):

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from mlxq.console import note, progress, show, show_json, show_text, warn
+from mlxq.console import interrupts, note, progress, show, show_json, show_text, warn
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -123,8 +123,9 @@ def write_model(
     written = 0
     partial = out.with_name(out.name + ".partial")
     try:
-        with progress(f"Writing {out.name}", quiet=quiet) as meter:
+        with interrupts() as stop_if_pressed, progress(f"Writing {out.name}", quiet=quiet) as meter:
             for event in run(plan, out, options, force=force, low_disk=low_disk):
+                stop_if_pressed()
                 if isinstance(event, Progress):
                     written = event.written_bytes
                     meter.update(event.written_bytes, event.total_bytes, event.finished)
