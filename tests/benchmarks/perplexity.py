@@ -47,7 +47,8 @@ def drain(steps):
             next(steps)
         except StopIteration as stop:
             return stop.value
-held = drain(build_reference(model, [tokens for tokens, _ in batches]))
+# Building the reference leaves of its model only the head, so what is measured is loaded for itself.
+held = drain(build_reference(evaluation_model(candidate.load()), [tokens for tokens, _ in batches]))
 began = time.perf_counter()
 found = drain(measure_faithfulness(held, model, batches))
 print("RESULT", json.dumps([found.ppl, time.perf_counter() - began]))
