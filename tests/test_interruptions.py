@@ -156,3 +156,19 @@ def test_ctrl_c_at_a_terminal_stops_in_one_line_and_the_same_command_continues(t
     assert "continuing out.partial" in again.stderr
     subprocess.run([*command[:-3], "-o", "whole", "--no-generate"], cwd=tmp_path, check=True, capture_output=True)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+
+
+def test_ctrl_c_while_the_program_is_still_imported_is_quiet() -> None:
+    code = """
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "mlxq.cli.compare":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from mlxq.__main__ import main
+main()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 130
+    assert run.stdout + run.stderr == ""

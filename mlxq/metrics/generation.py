@@ -40,6 +40,10 @@ def generate_once(folder: Path, prompt: str = PROMPT, max_tokens: int = MAX_TOKE
         tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     else:
         tokens = tokenizer.encode(prompt)
+    if not on_cpu:
+        # A GPU's kernels are compiled when first met, which can take longer than the whole answer.
+        for _ in mlx_lm.stream_generate(model, tokenizer, prompt=tokens, max_tokens=2):
+            pass
     text, last = "", None
     for last in mlx_lm.stream_generate(model, tokenizer, prompt=tokens, max_tokens=max_tokens):
         text += last.text

@@ -21,7 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CONVERT = [sys.executable, "-m", "mlx_lm", "convert"]
-DYNAMIC = [sys.executable, "-m", "mlx_lm", "dynamic_quant"]
+# The peer's own program; on a CPU with the BLAS that mlxq uses, or its gradients would take hours.
+DYNAMIC = [
+    sys.executable,
+    "-c",
+    "from mlxq.runtime import load_blas; load_blas(); from mlx_lm.quant.dynamic_quant import main; main()",
+]
 MLXQ = [sys.executable, "-m", "mlxq"]
 # name -> command after the model and output.
 PEERS: dict[str, list[str]] = {
@@ -44,9 +49,9 @@ class Made:
     seconds: float
 
 
-def timed(command: list[str], environment: dict[str, str]) -> float:
+def timed(command: list[str], environment: dict[str, str], cwd: Path | None = None) -> float:
     began = time.perf_counter()
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
     if run.returncode:
         raise SystemExit(f"{' '.join(command)}\n{run.stdout[-2000:]}{run.stderr[-4000:]}")
     return time.perf_counter() - began
@@ -58,11 +63,32 @@ def slug(name: str) -> str:
 
 def make_peer(name: str, original: Path, work: Path, environment: dict[str, str]) -> Made:
     folder = work / slug(name)
-    if name.startswith("dynamic"):
-        command = [*DYNAMIC, "--model", str(original), "--mlx-path", str(folder), *PEERS[name]]
-    else:
+    if not name.startswith("dynamic"):
         command = [*CONVERT, "--hf-path", str(original), "--mlx-path", str(folder), *PEERS[name]]
-    return Made(folder, timed(command, environment))
+        return Made(folder, timed(command, environment))
+    sensitivities, seconds = work / "dynamic" / "sensitivities.json", 0.0
+    if not sensitivities.exists():
+        seconds = estimate_sensitivities(original, sensitivities, environment)
+    command = [*DYNAMIC, "--model", str(original), "--mlx-path", str(folder), "--sensitivities", str(sensitivities)]
+    return Made(folder, seconds + timed([*command, *PEERS[name]], environment))
+
+
+def estimate_sensitivities(original: Path, to: Path, environment: dict[str, str]) -> float:
+    """``dynamic_quant``'s own estimate, which serves every target; the seconds it took.
+
+    On a CPU from the same weights in fp32: MLX emulates bf16 there, a hundred times slower.
+    """
+    import mlx.core as mx
+
+    to.parent.mkdir()
+    model = original
+    if mx.default_device() == mx.Device(mx.cpu):
+        model = to.parent / "fp32"
+        timed([*MLXQ, "convert", str(original), "-o", str(model), "--dtype", "float32"], environment)
+    # It writes the estimate into the current folder, under a name made of the model's path.
+    seconds = timed([*DYNAMIC, "--model", str(model), "--mlx-path", "unused"], environment, cwd=to.parent)
+    next(to.parent.glob("*_sensitivities.json")).rename(to)
+    return seconds
 
 
 def facts_of(folder: Path) -> tuple[int, float]:
