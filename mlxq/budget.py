@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 PAIRED_ERRORS = 2.36
 # Most tokens that scores are taken over.
 SCORE_TOKENS = 4096
+# What exceeds the budget by no more of it is measured beside the others, though never chosen.
+SAME_SIZE = 0.005
 # Points of the size-KL curve, and how many of them are measured.
 CURVE_POINTS = 13
 MEASURED_POINTS = 4
@@ -53,13 +55,17 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Check:
-    """An assignment held against the chosen one on held-out text: its bytes, measured KL in nats, standard error."""
+    """An assignment held against the chosen one on held-out text: its bytes, measured KL in nats, standard error.
+
+    One that does not fit the budget is there to compare with.
+    """
 
     name: str
     weight_bytes: int
     kl_mean: float
     kl_mean_se: float
     chosen: bool
+    fits: bool
 
 
 @dataclass(frozen=True)
@@ -156,22 +162,23 @@ def spend(
         encoder = _Decoder(draft, cache)
         rivals = _rivals(options, room - fixed, presets)
         measured: list[list[float]] = []
-        for step in measured_divergences(streamed, text.held_out, [a for _, a in rivals], encoder.decoded):
+        for step in measured_divergences(streamed, text.held_out, [r.formats for r in rivals], encoder.decoded):
             if isinstance(step, int):
                 yield Scoring("checking", step, len(streamed.sequence.blocks))
             else:
                 measured = step
-        best = _winner(measured)
+        best = _winner(measured, [rival.nbytes <= room - fixed for rival in rivals])
         checks = tuple(
             Check(
-                name,
-                fixed + sum(_bytes(draft, path, fmt) for path, fmt in assignment.items()),
+                rival.name,
+                fixed + rival.nbytes,
                 *_mean_and_error(sequences),
-                index == best,
+                chosen=index == best,
+                fits=rival.nbytes <= room - fixed,
             )
-            for index, ((name, assignment), sequences) in enumerate(zip(rivals, measured, strict=True))
+            for index, (rival, sequences) in enumerate(zip(rivals, measured, strict=True))
         )
-        allocation = _as_allocation(options, rivals[best][1], room - fixed)
+        allocation = _as_allocation(options, rivals[best].formats, room - fixed)
         curve = tuple(_curve(draft, options, fixed))
         if measure_curve:
             picks = [curve[i * (len(curve) - 1) // (MEASURED_POINTS - 1)] for i in range(MEASURED_POINTS)]
@@ -351,11 +358,23 @@ def _weight_scores(
             yield (path, fmt), float((error * error).sum()) / power
 
 
-def _rivals(
-    options: Mapping[str, tuple[Option, ...]], room: int, presets: Mapping[str, Assignment]
-) -> list[tuple[str, Assignment]]:
-    """The allocation by score first, then variations on it, then simpler assignments that fit the same room."""
-    rivals: list[tuple[str, Assignment]] = [("by score", allocate(options, room).formats)]
+@dataclass(frozen=True)
+class _Rival:
+    """An assignment to be measured, and its bytes in the modules that the budget decides."""
+
+    name: str
+    formats: Assignment
+    nbytes: int
+
+
+def _rivals(options: Mapping[str, tuple[Option, ...]], room: int, presets: Mapping[str, Assignment]) -> list[_Rival]:
+    """The allocation by score first, then variations on it, then the largest simpler assignments of this size."""
+    nbytes = {(path, option.fmt): option.nbytes for path, choices in options.items() for option in choices}
+
+    def rival(name: str, formats: Assignment) -> _Rival:
+        return _Rival(name, formats, sum(nbytes[path, formats[path]] for path in options))
+
+    rivals = [rival("by score", allocate(options, room).formats)]
     narrowed = {
         "no group of few bits": {
             path: tuple(o for o in choices if o.fmt is None or o.fmt.bits > 2) or choices
@@ -375,36 +394,34 @@ def _rivals(
     }
     for name, choices in narrowed.items():
         if sum(min(o.nbytes for o in c) for c in choices.values()) <= room:
-            rivals.append((name, allocate(choices, room).formats))
-    nbytes = {(path, option.fmt): option.nbytes for path, choices in options.items() for option in choices}
-    uniform = []
-    for fmt in dict.fromkeys(o.fmt for choices in options.values() for o in choices if o.fmt):
-        picked = {path: fmt if (path, fmt) in nbytes else None for path in options}
-        size = sum(nbytes[path, f] for path, f in picked.items())
-        if size <= room:
-            uniform.append((size, f"uniform {fmt}", picked))
-    for name, preset in presets.items():
-        size = sum(nbytes.get((path, preset.get(path)), room + 1) for path in options)
-        if size <= room:
-            uniform.append((size, name, {path: preset.get(path) for path in options}))
-    simple = sorted(uniform, key=lambda item: item[0])[-2:]
-    seen = {tuple(sorted(rivals[0][1].items(), key=lambda item: item[0]))}
-    kept = rivals[:1]
-    for name, assignment in [*rivals[1:], *((name, a) for _, name, a in simple)]:
-        key = tuple(sorted(assignment.items(), key=lambda item: item[0]))
-        if key not in seen:
-            seen.add(key)
-            kept.append((name, assignment))
+            rivals.append(rival(name, allocate(choices, room).formats))
+    simple = [
+        rival(f"uniform {fmt}", {path: fmt if (path, fmt) in nbytes else None for path in options})
+        for fmt in dict.fromkeys(o.fmt for choices in options.values() for o in choices if o.fmt)
+    ]
+    simple += [
+        rival(name, {path: preset.get(path) for path in options})
+        for name, preset in presets.items()
+        if all((path, preset.get(path)) in nbytes for path in options)
+    ]
+    simple.sort(key=lambda each: each.nbytes)
+    fitting = [each for each in simple if each.nbytes <= room]
+    # Asked for 4.5 bits, a person compares with uniform 4-bit, which takes a little more.
+    over = [each for each in simple if room < each.nbytes <= room * (1 + SAME_SIZE)]
+    kept: list[_Rival] = []
+    for each in [*rivals, *fitting[-2:], *over[:1]]:
+        if all(each.formats != other.formats for other in kept):
+            kept.append(each)
     return kept
 
 
-def _winner(measured: Sequence[Sequence[float]]) -> int:
-    """The first, unless another is better beyond the paired confidence interval; then the best of those."""
+def _winner(measured: Sequence[Sequence[float]], fits: Sequence[bool]) -> int:
+    """The first, unless another that fits is better beyond the paired confidence interval; then the best of those."""
     best, least = 0, stats.fmean(measured[0])
     for index, sequences in enumerate(measured[1:], start=1):
         differences = [ours - first for ours, first in zip(sequences, measured[0], strict=True)]
         mean, error = _mean_and_error(differences)
-        if mean + PAIRED_ERRORS * error < 0 and stats.fmean(sequences) < least:
+        if fits[index] and mean + PAIRED_ERRORS * error < 0 and stats.fmean(sequences) < least:
             best, least = index, stats.fmean(sequences)
     return best
 

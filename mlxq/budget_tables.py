@@ -44,7 +44,8 @@ def checks_table(spending: Spending) -> Table:
     for check in spending.checks:
         mark = "[green]>[/] " if check.chosen else "  "
         kl = f"{check.kl_mean:.4f} ± {check.kl_mean_se:.4f}"
-        table.add_row(f"{mark}{escape(check.name)}", size_text(check.weight_bytes), kl)
+        over = "" if check.fits else " [dim](over the budget)[/]"
+        table.add_row(f"{mark}{escape(check.name)}{over}", size_text(check.weight_bytes), kl)
     return table
 
 

@@ -87,6 +87,17 @@ def test_a_budget_is_met_to_half_a_percent(deep: Path, bpw: float, tmp_path: Pat
     mlx_lm.load(str(tmp_path / "out"))
 
 
+def test_what_takes_a_little_more_is_measured_and_not_chosen(deep: Path) -> None:
+    uniform = prepare(recipe_from_dict({"default": {"bits": 4, "group_size": 64}}, "test"), str(deep), OPTIONS)
+    _, spending, _ = spent(deep, uniform.bits_per_weight * 0.999)
+    beside = next(check for check in spending.checks if check.name == "uniform 4:64")
+    assert beside.weight_bytes == uniform.weight_bytes > spending.budget_bytes
+    assert not beside.fits
+    assert not beside.chosen
+    assert all(check.fits for check in spending.checks if check.weight_bytes <= spending.budget_bytes)
+    assert [check.weight_bytes for check in spending.checks if check.chosen] == [spending.weight_bytes]
+
+
 def test_a_size_counts_whole_files(deep: Path, tmp_path: Path) -> None:
     recipe = budget_recipe({"size": "600KB"}, [FEW])
     plan = next(
