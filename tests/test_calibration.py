@@ -179,6 +179,16 @@ def test_scores_rise_as_bits_fall_and_leave_the_model_alone(model_type: str) -> 
     assert mx.array_equal(model(tokens), before)
 
 
+def test_no_score_falls_below_zero_where_nothing_is_lost() -> None:
+    model = small_model("llama")
+    # Logits next to zero: any head says the same, and what is measured of it is rounding.
+    model.lm_head.weight = model.lm_head.weight * 1e-5
+    options = {path: [Format(bits, 32) for bits in (4, 6, 8)] for path in ("lm_head", "model.embed_tokens")}
+    found = list(scores(find_blocks(model), in_batches(text(), 2), options, fitted))
+    assert len(found) == 6
+    assert all(score.divergence >= 0 for score in found)
+
+
 def test_the_sum_of_scores_predicts_the_divergence() -> None:
     model, tokens, fmt = small_model("llama"), text(32), Format(6, 64)
     reference = model(tokens)

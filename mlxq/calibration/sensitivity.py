@@ -280,7 +280,8 @@ def _measured(
 
     arguments = list(zip(probes, references, variant.hidden, strict=True))
     total = sum(float(part) for part in side_by_side(divergence_of, arguments))
-    return Score(variant.path, variant.fmt, total / sum(probe.tokens.size for probe in probes))
+    # Rounding alone can take a divergence of next to nothing below zero.
+    return Score(variant.path, variant.fmt, max(0.0, total / sum(probe.tokens.size for probe in probes)))
 
 
 def _late_scores(

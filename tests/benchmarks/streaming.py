@@ -16,8 +16,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 3072,
     "num_hidden_layers": 28,
@@ -33,8 +34,8 @@ CONFIG = {
 }
 
 
-def make_checkpoint(folder: Path) -> None:
-    """Random weights of the right names and shapes, in two files, written piece by piece."""
+def make_checkpoint(folder: Path, config: dict[str, Any] = CONFIG) -> None:
+    """Random weights of a Llama's names and shapes, in two files, written piece by piece."""
     import numpy as np
 
     sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -42,9 +43,9 @@ def make_checkpoint(folder: Path) -> None:
     from mlxq.tensors import TensorSpec
     from tests.checkpoints import make_tokenizer
 
-    h, m, kv = 3072, 8192, 1024
-    shapes = {"model.embed_tokens.weight": (128256, h), "model.norm.weight": (h,)}
-    for i in range(28):
+    h, m, kv = config["hidden_size"], config["intermediate_size"], config["num_key_value_heads"] * config["head_dim"]
+    shapes = {"model.embed_tokens.weight": (config["vocab_size"], h), "model.norm.weight": (h,)}
+    for i in range(config["num_hidden_layers"]):
         layer = f"model.layers.{i}"
         shapes |= {
             f"{layer}.input_layernorm.weight": (h,),
@@ -77,7 +78,7 @@ def make_checkpoint(folder: Path) -> None:
                     left -= piece.size
                 weight_map[spec.name] = file
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(CONFIG))
+    (folder / "config.json").write_text(json.dumps(config))
     make_tokenizer(folder)
 
 
