@@ -300,7 +300,7 @@ def _decide(
             "rtn" if wanted == module.stored else recipe.method,
             wanted,
             has_text=recipe.calibration.has_text,
-            has_inputs="Embedding" not in module.kind,
+            has_inputs=not _looks_up_only(module, architecture),
         ),
         nbytes=0,
     )
@@ -335,8 +335,7 @@ def _steps(
     repack: bool,
 ) -> tuple[Step, ...]:
     stored = {m.path for m in architecture.modules if m.stored}
-    # Modules that only look rows up have no inputs for calibration to describe.
-    lookups = {m.path for m in architecture.modules if "Embedding" in m.kind}
+    lookups = {m.path for m in architecture.modules if _looks_up_only(m, architecture)}
     steps = []
     for parameter in architecture.parameters:
         name = parameter.spec.name
@@ -359,6 +358,11 @@ def _steps(
         repacked = repack and encode is not None
         steps.append(Step(name, spec, parameter.source, encode, False, repacked, outputs, method, guided))
     return tuple(steps)
+
+
+def _looks_up_only(module: Module, architecture: Architecture) -> bool:
+    """Whether ``module`` multiplies nothing, so that calibration has no inputs of it to describe."""
+    return "Embedding" in module.kind and module.path != architecture.tied_head
 
 
 def _shards(steps: tuple[Step, ...]) -> tuple[Shard, ...]:

@@ -202,7 +202,7 @@ def test_chosen_weights_lose_less_than_rounded_ones(name: str, tmp_path: Path) -
         lost[method] = float(divergence(reference, logits_of(tmp_path / method, tokens)).mean())
         recorded = {module["method"] for module in finished.report["modules"] if module["format"]}
         assert method in recorded
-    assert lost["gptq"] < 0.7 * min(lost["rtn"], lost["fit"])
+    assert lost["gptq"] < 0.8 * min(lost["rtn"], lost["fit"])
     # Random experts are routed by noise; where there are none, a better grid shows in the divergence too.
     assert name == "qwen3_moe" or lost["fit"] < lost["rtn"]
 

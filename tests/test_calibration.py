@@ -98,7 +98,10 @@ def test_statistics_are_those_of_the_whole_pass(model_type: str) -> None:
     with intercepted(inside, keep):
         model(tokens)
     gathered = dict(input_statistics(find_blocks(model), in_batches(tokens, 4)))
-    assert set(gathered) - {"lm_head"} == set(inside)
+    head = "model.embed_tokens" if MODELS[model_type]["tie_word_embeddings"] else "lm_head"
+    assert set(gathered) == {*inside, head}
+    last = model.model(tokens).reshape(-1, 64)
+    assert mx.allclose(gathered[head].hessian, last.T @ last / last.shape[0], rtol=1e-3, atol=1e-4)
     for path, module in inside.items():
         if experts_of(module) is None:
             rows = inputs[path][0].reshape(-1, inputs[path][0].shape[-1])
@@ -197,6 +200,28 @@ def test_the_sum_of_scores_predicts_the_divergence() -> None:
     for module in quantizable(model).values():
         module.weight = decode(fit(module.weight, fmt), fmt)
     assert predicted == pytest.approx(divergence(reference, model(tokens)).mean().item(), rel=0.4)
+
+
+def test_a_tied_embedding_is_encoded_for_what_it_multiplies_as_the_head() -> None:
+    model, tokens = small_model("qwen3"), text()
+    given: list[InputStatistics | None] = []
+
+    def noted(path: str, weight: mx.array, fmt: Format, statistics: InputStatistics | None) -> mx.array:
+        given.append(statistics)
+        return fitted(path, weight, fmt, statistics)
+
+    options = {"model.embed_tokens": [Format(3, 32)]}
+    found = list(scores(find_blocks(model), in_batches(tokens, 3), options, noted))
+    last = model.model(tokens).reshape(-1, 64)
+    assert given
+    for statistics in given:
+        assert statistics is not None
+        assert mx.allclose(statistics.second_moment, (last * last).mean(axis=0), rtol=1e-3)
+    # Changed at both ends, as the quantized model's would be.
+    embedding = model.model.embed_tokens
+    before = model(tokens)
+    embedding.weight = fitted("", embedding.weight, Format(3, 32), given[0])
+    assert found[0].divergence == pytest.approx(float(divergence(before, model(tokens)).mean()), rel=1e-3)
 
 
 def test_outside_holds_what_no_block_does() -> None:

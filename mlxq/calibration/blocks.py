@@ -33,6 +33,8 @@ class NotSequentialError(MlxqError):
 def intercepted(modules: Mapping[str, nn.Module], handler: Handler) -> Iterator[None]:
     """Within the context, calls of ``modules`` (path -> module) go to ``handler``.
 
+    So do calls of an embedding as a head (``as_linear``).
+
     Each module becomes an instance of a subclass of its own class: the module tree, attributes and isinstance
     checks stay as the model expects them.
     """
@@ -50,7 +52,12 @@ def _subclass(base: type[nn.Module], path: str, handler: Handler) -> type[nn.Mod
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return handler(path, partial(base.__call__, self), args, kwargs)
 
-    return type(base.__name__, (base,), {"__call__": call})
+    def as_linear(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return handler(path, partial(base.as_linear, self), args, kwargs)
+
+    return type(
+        base.__name__, (base,), {"__call__": call} | ({"as_linear": as_linear} if hasattr(base, "as_linear") else {})
+    )
 
 
 def side_by_side(call: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> Iterator[T]:
@@ -162,6 +169,10 @@ class BlockSequence:
                 "this model can only be scored from its weights: calibration: none",
             )
         return output
+
+    def run_all(self, index: int, hidden: Sequence[mx.array], entries: Sequence[Entered]) -> list[mx.array]:
+        """Outputs of block ``index`` on each of ``hidden``, evaluated."""
+        return list(side_by_side(self.run, [(index, *each) for each in zip(hidden, entries, strict=True)]))
 
     def leave(self, tokens: mx.array, hidden: mx.array) -> mx.array:
         """Logits (sequences, length, vocabulary) from ``hidden``, the last block's output."""

@@ -10,7 +10,7 @@ from mlxq.calibration.streamed import streamed_model
 from mlxq.calibration.tokens import calibration_text
 from mlxq.methods.encode import Guide
 from mlxq.methods.formats import Format
-from mlxq.methods.gptq import Feedback, feedback
+from mlxq.methods.gptq import DAMPING, TIED_DAMPING, Feedback, feedback
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -49,7 +49,8 @@ def guided_weights(
             if statistics.hessian is not None:
                 # Modules on the same inputs (queries, keys, values) share what is prepared from them.
                 if prepared is None or prepared[0] is not statistics or prepared[1] != fmt.group_size:
-                    prepared = (statistics, fmt.group_size, feedback(statistics.hessian, fmt.group_size))
+                    damping = TIED_DAMPING if path == plan.architecture.tied_head else DAMPING
+                    prepared = (statistics, fmt.group_size, feedback(statistics.hessian, fmt.group_size, damping))
                 ahead = prepared[2]
             # Evaluated here: another thread encodes by it, and work that waits belongs to this thread's stream.
             mx.eval(statistics.second_moment, [ahead.order, ahead.factor] if ahead else [])

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from mlxq.calibration.blocks import BlockSequence, Entered, outside_of, quantizable, side_by_side
+from mlxq.calibration.blocks import Entered, outside_of, quantizable
 from mlxq.calibration.sensitivity import changed_weight, divergence
 from mlxq.calibration.streamed import StreamedModel
 from mlxq.methods.formats import Format
@@ -40,12 +40,12 @@ def measured_divergences(
     theirs = [[entered.hidden for entered in part] for part in entries]
     for index, path in enumerate(sequence.blocks):
         with streamed.hold(path):
-            hidden = _through(sequence, index, hidden, reference)
+            hidden = sequence.run_all(index, hidden, reference)
             modules = quantizable(sequence.blocks[path])
             shared: dict[tuple[str, Format], mx.array] = {}
             for k, assignment in enumerate(assignments):
                 with _assigned(modules, f"{path}.", assignment, decoded, shared):
-                    theirs[k] = _through(sequence, index, theirs[k], entries[k])
+                    theirs[k] = sequence.run_all(index, theirs[k], entries[k])
         yield index + 1
     found = []
     for k, assignment in enumerate(assignments):
@@ -61,12 +61,6 @@ def measured_divergences(
                 per_sequence.append(float(divergence(p, q).mean()))
         found.append(per_sequence)
     yield found
-
-
-def _through(
-    sequence: BlockSequence, index: int, hidden: Sequence[mx.array], entries: Sequence[Entered]
-) -> list[mx.array]:
-    return list(side_by_side(sequence.run, [(index, *each) for each in zip(hidden, entries, strict=True)]))
 
 
 def _evaluate(entries: Sequence[Entered]) -> None:

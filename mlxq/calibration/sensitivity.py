@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mlxq.calibration.blocks import BlockSequence, Entered, intercepted, outside_of, quantizable, side_by_side
@@ -57,28 +58,18 @@ def scores(
 
     One pass forward through the blocks, whose inputs are kept, and one back from the last block to the first, in
     which each block is run again from its input: memory holds one block's weights and gradients and the inputs of
-    all. Modules outside the blocks come first and cost up to one forward pass an option.
+    all. Between the two come modules outside the blocks; one ahead of them costs a forward pass an option.
     """
     import mlx.core as mx
 
     entries = [sequence.enter(batch) for batch in batches]
     inputs = [[entered.hidden for entered in entries]]
     mx.eval(inputs)
-    early = frozenset().union(*(entered.before for entered in entries))
-    probes = _probes(batches)
-    variants = list(_early_variants(sequence, probes, {p: f for p, f in options.items() if p in early}, encode))
     for index, path in enumerate(sequence.blocks):
         with hold(path):
-            arguments = [(index, h, e) for h, e in zip(inputs[-1], entries, strict=True)]
-            inputs.append(list(side_by_side(sequence.run, arguments)))
-            for variant in variants:
-                arguments = [(index, h, e) for h, e in zip(variant.hidden, variant.entries, strict=True)]
-                variant.hidden[:] = side_by_side(sequence.run, arguments)
-    references = [inputs[-1][probe.batch][probe.row : probe.row + 1] for probe in probes]
-    for variant in variants:
-        changed = encode(variant.path, variant.module.weight, variant.fmt, None)
-        yield _measured(sequence, variant, probes, references, changed)
-    yield from _late_scores(sequence, batches, inputs[-1], probes, references, options, early, encode)
+            inputs.append(sequence.run_all(index, inputs[-1], entries))
+    outside = {p: formats for p, formats in options.items() if p in outside_of(sequence.model, sequence.blocks)}
+    yield from _measured_scores(sequence, batches, inputs[-1], outside, encode, hold)
 
     key = mx.random.key(seed)
     gradients = [_head_gradient(sequence, batch, h, key) for batch, h in zip(batches, inputs.pop(), strict=True)]
@@ -224,29 +215,68 @@ def _probes(batches: Sequence[mx.array]) -> list[_Probe]:
 
 @dataclass(frozen=True)
 class _Variant:
-    """A module ahead of the blocks in one format: the hidden states (1, length, width) it leads to, by probe.
+    """A module outside the blocks in one format: the hidden states (1, length, width) it leads to, by probe.
 
-    They pass through the blocks beside the original's.
+    Its weight is made when it is needed: of a large vocabulary, all formats together would not fit.
     """
 
     path: str
     module: nn.Module
     fmt: Format
-    entries: list[Entered]
+    changed: Callable[[], mx.array]
     hidden: list[mx.array]
 
 
-def _early_variants(
-    sequence: BlockSequence, probes: Sequence[_Probe], options: Mapping[str, Sequence[Format]], encode: Encoder
-) -> Iterator[_Variant]:
+def _measured_scores(
+    sequence: BlockSequence,
+    batches: Sequence[mx.array],
+    last: Sequence[mx.array],
+    options: Mapping[str, Sequence[Format]],
+    encode: Encoder,
+    hold: Hold,
+) -> Iterator[Score]:
+    """The divergence itself of each module of ``options``, all outside the blocks, in each of its formats.
+
+    ``last`` is what the last block gave for each batch. What the module is called on at the head guides its
+    encoding, a tied embedding's too.
+    """
+    probes = _probes(batches)
+    references = [last[probe.batch][probe.row : probe.row + 1] for probe in probes]
+    ahead = sequence.enter(probes[0].tokens).before
+    variants = []
+    for path, module in outside_of(sequence.model, sequence.blocks).items():
+        if path not in options:
+            continue
+        calls = head_calls(sequence, path, module, batches, last)
+        statistics = gather(calls, experts_of(module), hessian=False) if calls else None
+        for fmt in options[path]:
+            changed = partial(encode, path, module.weight, fmt, statistics)
+            # What comes after the blocks changes logits alone: the original's hidden states are the variant's too.
+            variant = _Variant(path, module, fmt, changed, list(references))
+            if path in ahead:
+                variants.append(variant)
+            else:
+                yield _measured(sequence, variant, probes, references)
+    if variants:
+        _run_variants(sequence, probes, variants, hold)
+    for variant in variants:
+        yield _measured(sequence, variant, probes, references)
+
+
+def _run_variants(sequence: BlockSequence, probes: Sequence[_Probe], variants: Sequence[_Variant], hold: Hold) -> None:
+    """Take variants of modules ahead of the blocks through them, all while a block is held."""
     import mlx.core as mx
 
-    for path, module in outside_of(sequence.model, sequence.blocks).items():
-        for fmt in options.get(path, ()):
-            with changed_weight(module, encode(path, module.weight, fmt, None)):
-                entries = [sequence.enter(probe.tokens) for probe in probes]
-                mx.eval([entered.hidden for entered in entries])
-            yield _Variant(path, module, fmt, entries, [entered.hidden for entered in entries])
+    entries: list[list[Entered]] = []
+    for variant in variants:
+        with changed_weight(variant.module, variant.changed()):
+            entries.append([sequence.enter(probe.tokens) for probe in probes])
+            variant.hidden[:] = [entered.hidden for entered in entries[-1]]
+            mx.eval(variant.hidden)
+    for index, path in enumerate(sequence.blocks):
+        with hold(path):
+            for variant, entered in zip(variants, entries, strict=True):
+                variant.hidden[:] = sequence.run_all(index, variant.hidden, entered)
 
 
 @contextmanager
@@ -264,13 +294,10 @@ def changed_weight(module: nn.Module, weight: mx.array) -> Iterator[None]:
 
 
 def _measured(
-    sequence: BlockSequence,
-    variant: _Variant,
-    probes: Sequence[_Probe],
-    references: Sequence[mx.array],
-    changed: mx.array,
+    sequence: BlockSequence, variant: _Variant, probes: Sequence[_Probe], references: Sequence[mx.array]
 ) -> Score:
-    """The divergence of a variant's logits, with the module ``changed`` at the head too where it is tied."""
+    """The divergence of a variant's logits, with its module changed at the head too where it is tied."""
+    changed = variant.changed()
 
     def divergence_of(probe: _Probe, reference: mx.array, hidden: mx.array) -> mx.array:
         p = sequence.leave(probe.tokens, reference)
@@ -282,28 +309,6 @@ def _measured(
     total = sum(float(part) for part in side_by_side(divergence_of, arguments))
     # Rounding alone can take a divergence of next to nothing below zero.
     return Score(variant.path, variant.fmt, max(0.0, total / sum(probe.tokens.size for probe in probes)))
-
-
-def _late_scores(
-    sequence: BlockSequence,
-    batches: Sequence[mx.array],
-    last: Sequence[mx.array],
-    probes: Sequence[_Probe],
-    references: Sequence[mx.array],
-    options: Mapping[str, Sequence[Format]],
-    early: frozenset[str],
-    encode: Encoder,
-) -> Iterator[Score]:
-    """Measured divergence of each module after the blocks in each format."""
-    for path, module in outside_of(sequence.model, sequence.blocks).items():
-        if path in early or path not in options:
-            continue
-        calls = head_calls(sequence, path, module, batches, last)
-        statistics = gather(calls, experts_of(module), hessian=False) if calls else None
-        for fmt in options[path]:
-            # It changes logits alone, so the original's hidden states are the variant's too.
-            variant = _Variant(path, module, fmt, [], list(references))
-            yield _measured(sequence, variant, probes, references, encode(path, module.weight, fmt, statistics))
 
 
 def divergence(reference: mx.array, candidate: mx.array) -> mx.array:

@@ -127,9 +127,9 @@ def input_statistics(
 ) -> Iterator[tuple[str, InputStatistics]]:
     """Statistics of every quantizable module that is called on vectors, over ``batches`` (sequences, length) of tokens.
 
-    Block by block, then the head: a block's weights are held once, while all batches pass through it. What the
-    consumer does to a block's weights between two items (quantizing them, say) does not change what later blocks
-    are given. Modules called on the same inputs (queries, keys and values) share one object.
+    Block by block, then the head, a tied embedding being one: a block's weights are held once, while all batches pass
+    through it. What the consumer does to a block's weights between two items (quantizing them, say) does not change
+    what later blocks are given. Modules called on the same inputs (queries, keys and values) share one object.
     """
     import mlx.core as mx
 
@@ -146,9 +146,8 @@ def input_statistics(
                     calls.setdefault(name, []).extend(part)
             modules = {f"{path}.{name}": module for name, module in quantizable(block).items()}
             yield from _gathered(calls, modules, wants_hessian)
-    before = frozenset().union(*(entered.before for entered in entries))
     for path, module in outside_of(sequence.model, sequence.blocks).items():
-        if path not in before and (found := head_calls(sequence, path, module, batches, hidden)):
+        if found := head_calls(sequence, path, module, batches, hidden):
             yield path, gather(found, experts_of(module), hessian=wants_hessian(path))
 
 
@@ -172,11 +171,17 @@ def head_calls(
     batches: Sequence[mx.array],
     last: Sequence[mx.array],
 ) -> list[ModuleInput]:
-    """What a module after the blocks is called on, given what the last block gave (``last``); [] where never."""
+    """What a module after the blocks is called on, given what the last block gave (``last``); [] where never.
+
+    Of a tied embedding these are its calls as the head: looking rows up takes no vectors.
+    """
+    import mlx.core as mx
+
     calls: list[ModuleInput] = []
 
     def keep(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        calls.append(ModuleInput.of(args))
+        if mx.issubdtype(args[0].dtype, mx.floating):
+            calls.append(ModuleInput.of(args))
         return call(*args, **kwargs)
 
     with intercepted({path: module}, keep):

@@ -48,9 +48,9 @@ def encode(weight: mx.array, fmt: Format, method: str, guide: Guide | None = Non
 def method_for(method: str, fmt: Format | None, *, has_text: bool, has_inputs: bool) -> str:
     """Which of ``rtn``, ``fit`` and ``gptq`` a recipe's ``method`` comes to for a module in ``fmt``.
 
-    ``has_text``: there is calibration text. ``has_inputs``: the module multiplies vectors (an embedding only looks
-    rows up). Error feedback needs both and an affine grid; at 8 bits there is no error left worth feeding back, so
-    ``auto`` does not.
+    ``has_text``: there is calibration text. ``has_inputs``: the module multiplies vectors (an embedding that is not
+    tied to the head only looks rows up). Error feedback needs both and an affine grid; at 8 bits there is no error
+    left worth feeding back, so ``auto`` does not.
     """
     if fmt is None or method == "rtn":
         return "rtn"

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 # Added to the diagonal of H, as a share of its mean: bounds the feedback where calibration saw little.
 DAMPING = 0.01
+# The same for an embedding tied to the head: its rows also enter the model as they are, where no column makes good
+# another's error.
+TIED_DAMPING = 0.1
 # Columns updated one by one before a matrix product carries their errors to the rest of the group.
 PANEL_COLUMNS = 16
 # Floats of Cholesky factors held at once: expert stacks are encoded a few experts at a time.
