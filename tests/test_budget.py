@@ -32,6 +32,7 @@ from mlxq.recipe import budget_recipe, recipe_from_dict
 from mlxq.report import read_report
 from tests.checkpoints import build, llama, save
 from tests.test_bit_identity import CONFIGS
+from tests.test_foreign import DEEPSEEK
 
 OPTIONS = Options()
 # Enough text to calibrate a model of this size, and little enough to be quick.
@@ -134,9 +135,11 @@ def test_a_budget_too_small_says_what_would_do(deep: Path) -> None:
         spent(deep, 2.0)
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "qwen3_moe", "deepseek_v2_mla", "gemma3_sliding", "mamba2"])
+@pytest.mark.parametrize(
+    "name", ["llama_tied", "qwen3_moe", "deepseek_v2_mla", "deepseek_v3_mla", "gemma3_sliding", "mamba2"]
+)
 def test_every_kind_of_model_spends_a_budget_and_loads(name: str, tmp_path: Path) -> None:
-    config = CONFIGS[name]
+    config = DEEPSEEK if name == "deepseek_v3_mla" else CONFIGS[name]
     model = save(tmp_path / "model", config, build(config)[1])
     plan, spending, _ = spent(model, 6.5, "options=[3, 8]")
     assert spending.text is not None

@@ -12,7 +12,7 @@ from mlx.utils import tree_map_with_path
 
 from mlxq.calibration.blocks import BlockSequence, NotSequentialError, find_blocks, intercepted, outside_of, quantizable
 from mlxq.calibration.sensitivity import divergence, scores
-from mlxq.calibration.statistics import InputStatistics, experts_of, input_statistics
+from mlxq.calibration.statistics import InputStatistics, input_statistics
 from mlxq.methods.affine_fit import fit
 from mlxq.methods.encoded import decode
 from mlxq.methods.formats import Format
@@ -103,7 +103,7 @@ def test_statistics_are_those_of_the_whole_pass(model_type: str) -> None:
     last = model.model(tokens).reshape(-1, 64)
     assert mx.allclose(gathered[head].hessian, last.T @ last / last.shape[0], rtol=1e-3, atol=1e-4)
     for path, module in inside.items():
-        if experts_of(module) is None:
+        if module.weight.ndim == 2:
             rows = inputs[path][0].reshape(-1, inputs[path][0].shape[-1])
             assert mx.allclose(gathered[path].hessian, rows.T @ rows / rows.shape[0], rtol=1e-3, atol=1e-4)
             assert gathered[path].tokens == tokens.size
@@ -180,6 +180,21 @@ def test_scores_rise_as_bits_fall_and_leave_the_model_alone(model_type: str) -> 
     assert set(table) == set(options)
     assert all(two > four > eight >= 0 for two, four, eight in table.values())
     assert mx.array_equal(model(tokens), before)
+
+
+def test_an_expert_stack_scores_the_same_however_many_tokens_pass_together() -> None:
+    # mlx_lm sorts tokens by expert where there are many, and then repeats each for the experts it goes to.
+    model, tokens, fmt = small_model("qwen3_moe"), text(), Format(3, 32)
+    paths = [f"model.layers.1.mlp.switch_mlp.{name}" for name in ("up_proj", "down_proj")]
+
+    def plain(path: str, weight: mx.array, fmt: Format, statistics: InputStatistics | None) -> mx.array:
+        return decode(fit(weight, fmt), fmt)
+
+    few, many = (
+        [s.divergence for s in scores(find_blocks(model), in_batches(tokens, size), {p: [fmt] for p in paths}, plain)]
+        for size in (1, 6)
+    )
+    assert few == pytest.approx(many, rel=1e-3)
 
 
 def test_no_score_falls_below_zero_where_nothing_is_lost() -> None:

@@ -21,7 +21,6 @@ from mlxq.calibration.statistics import (
     InputStatistics,
     ModuleInput,
     always_held,
-    experts_of,
     gather,
     head_calls,
 )
@@ -71,6 +70,7 @@ def scores(
     outside = {p: formats for p, formats in options.items() if p in outside_of(sequence.model, sequence.blocks)}
     yield from _measured_scores(sequence, batches, inputs[-1], outside, encode, hold)
 
+    tokens = sum(batch.size for batch in batches)
     key = mx.random.key(seed)
     gradients = [_head_gradient(sequence, batch, h, key) for batch, h in zip(batches, inputs.pop(), strict=True)]
     for index in reversed(range(len(sequence.blocks))):
@@ -85,7 +85,7 @@ def scores(
             for name, module in quantizable(sequence.blocks[path]).items():
                 full = f"{path}.{name}"
                 if full in options and full in calls:
-                    yield from _module_scores(full, module, calls.pop(full), options[full], encode)
+                    yield from _module_scores(full, module, calls.pop(full), options[full], encode, tokens)
 
 
 @dataclass(frozen=True)
@@ -162,12 +162,12 @@ def _backward(
 
 
 def _module_scores(
-    path: str, module: nn.Module, calls: Sequence[_Call], formats: Sequence[Format], encode: Encoder
+    path: str, module: nn.Module, calls: Sequence[_Call], formats: Sequence[Format], encode: Encoder, tokens: int
 ) -> Iterator[Score]:
+    """Half the mean over ``tokens``, those of the text: a call for each of several experts is part of one token."""
     import mlx.core as mx
 
-    statistics = gather([ModuleInput.of(call.args) for call in calls], experts_of(module), hessian=False)
-    tokens = statistics.tokens if experts_of(module) is None else _tokens(calls)
+    statistics = gather([ModuleInput.of(call.args) for call in calls], module, hessian=False)
     original = module.weight
     bias = module.bias if "bias" in module else None
     try:
@@ -185,16 +185,11 @@ def _module_scores(
                 return squared
 
             total = sum(float(part) for part in side_by_side(effect_of, [(call,) for call in calls]))
-            yield Score(path, fmt, 0.5 * total / max(tokens, 1))
+            yield Score(path, fmt, 0.5 * total / tokens)
     finally:
         module.weight = original
         if bias is not None:
             module.bias = bias
-
-
-def _tokens(calls: Sequence[_Call]) -> int:
-    """Tokens that went to a stack of experts; each goes to as many as its router chose."""
-    return sum(call.args[0].size // call.args[0].shape[-1] for call in calls)
 
 
 @dataclass(frozen=True)
@@ -248,7 +243,7 @@ def _measured_scores(
         if path not in options:
             continue
         calls = head_calls(sequence, path, module, batches, last)
-        statistics = gather(calls, experts_of(module), hessian=False) if calls else None
+        statistics = gather(calls, module, hessian=False)
         for fmt in options[path]:
             changed = partial(encode, path, module.weight, fmt, statistics)
             # What comes after the blocks changes logits alone: the original's hidden states are the variant's too.

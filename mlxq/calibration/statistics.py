@@ -48,13 +48,22 @@ class ModuleInput:
     @classmethod
     def of(cls, args: tuple[Any, ...]) -> ModuleInput:
         """From the arguments of ``Linear`` (x) or ``SwitchLinear`` (x, indices, ...)."""
-        return cls(args[0], args[1] if len(args) > 1 else None)
+        import mlx.core as mx
+
+        return cls(args[0], args[1] if len(args) > 1 and isinstance(args[1], mx.array) else None)
 
 
-def gather(inputs: Sequence[ModuleInput], experts: int | None, *, hessian: bool = True) -> InputStatistics:
-    """Statistics of a module over its calls, by expert where it stacks ``experts``."""
+def gather(inputs: Sequence[ModuleInput], module: nn.Module, *, hessian: bool = True) -> InputStatistics | None:
+    """Statistics of ``module`` over its calls, by expert where it stacks experts.
+
+    None where the calls do not say what its columns multiply: there are none, or it stacks matrices that are not
+    chosen by index (multi-head latent attention has one for each head, and multiplies by it from either side).
+    """
     import mlx.core as mx
 
+    experts = _stacked(module)
+    if not inputs or (experts is not None and any(call.indices is None for call in inputs)):
+        return None
     total = _moments(inputs[0], experts, hessian)
     for call in inputs[1:]:
         total = total + _moments(call, experts, hessian)
@@ -98,8 +107,8 @@ def _moments(call: ModuleInput, experts: int | None, hessian: bool) -> mx.array:
     return mx.stack(moments)
 
 
-def experts_of(module: nn.Module) -> int | None:
-    """Number of experts stacked in ``module``, None for an ordinary layer."""
+def _stacked(module: nn.Module) -> int | None:
+    """Number of matrices stacked in ``module``, None for an ordinary layer."""
     return int(module.weight.shape[0]) if module.weight.ndim == 3 else None
 
 
@@ -147,21 +156,23 @@ def input_statistics(
             modules = {f"{path}.{name}": module for name, module in quantizable(block).items()}
             yield from _gathered(calls, modules, wants_hessian)
     for path, module in outside_of(sequence.model, sequence.blocks).items():
-        if found := head_calls(sequence, path, module, batches, hidden):
-            yield path, gather(found, experts_of(module), hessian=wants_hessian(path))
+        found = head_calls(sequence, path, module, batches, hidden)
+        if statistics := gather(found, module, hessian=wants_hessian(path)):
+            yield path, statistics
 
 
 def _gathered(
     calls: dict[str, list[ModuleInput]], modules: Mapping[str, nn.Module], wants_hessian: Callable[[str], bool]
 ) -> Iterator[tuple[str, InputStatistics]]:
     """Statistics of one block's modules; each module's calls are let go as it is done."""
-    shared: tuple[Any, InputStatistics] | None = None
+    shared: tuple[Any, InputStatistics | None] | None = None
     for name in list(calls):
         mine = calls.pop(name)
         same_inputs = [(id(call.x), id(call.indices)) for call in mine], wants_hessian(name)
         if shared is None or shared[0] != same_inputs:
-            shared = (same_inputs, gather(mine, experts_of(modules[name]), hessian=same_inputs[1]))
-        yield name, shared[1]
+            shared = (same_inputs, gather(mine, modules[name], hessian=same_inputs[1]))
+        if shared[1]:
+            yield name, shared[1]
 
 
 def head_calls(
