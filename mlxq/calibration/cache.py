@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlxq.plan import Plan
 
 # Part of every key: raised when scores would come out differently.
-SCORES_VERSION = 2
+SCORES_VERSION = 3
 
 
 def cache_folder() -> Path:
