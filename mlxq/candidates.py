@@ -7,6 +7,8 @@ is applied to the reference in memory: planned by the same plan that ``mlxq quan
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +103,18 @@ def load_candidate(text: str, reference: Candidate, scratch: Path) -> Candidate:
     for _ in run(plan, folder, options):
         pass
     return folder_candidate(recipe.name, folder)
+
+
+def with_distinct_names(candidates: Sequence[Candidate], texts: Sequence[str]) -> list[Candidate]:
+    """Candidates of one name take the folder above from what was typed (``texts``), and a number where all is one."""
+    shared = Counter(candidate.name for candidate in candidates)
+    taken: Counter[str] = Counter()
+    named = []
+    for candidate, text in zip(candidates, texts, strict=True):
+        name = "/".join(Path(text).parts[-2:]) if shared[candidate.name] > 1 else candidate.name
+        taken[name] += 1
+        named.append(replace(candidate, name=f"{name} ({taken[name]})" if taken[name] > 1 else name))
+    return named
 
 
 def _quantized(plan: Plan, folder: Path) -> nn.Module:

@@ -262,7 +262,14 @@ class _Work:
         if step.format is None:
             return self._put(step.spec, as_bytes(rows), start)
         parts = encode(rows, step.format, step.method, guide).arrays()
-        mx.eval(parts)
+        finite = mx.isfinite(rows).all()
+        mx.eval(parts, finite)
+        if not finite.item():
+            # Most encoders make ordinary numbers of them, and the damage would not show.
+            raise MlxqError(
+                f"{step.path} holds NaN or infinity in its rows {start:,} to {start + rows.shape[0] - 1:,}",
+                "The source is damaged: fetch or convert it again; or leave this module alone with keep: true.",
+            )
         return sum(self._put(spec, as_bytes(parts[spec.name.rpartition(".")[2]]), start) for spec in step.outputs)
 
     def _put(self, spec: TensorSpec, data: memoryview, start_row: int) -> int:

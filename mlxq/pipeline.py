@@ -171,8 +171,7 @@ def run(
     finished by then stays in ``out.partial`` and the same call continues from it.
     """
     began = time.perf_counter()
-    if out.exists() and not force:
-        raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
+    check_output(plan, out, force=force)
     plan = yield from with_weights(plan, out, options, low_disk=low_disk)
     with PartialFolder(plan, out, force=force) as partial:
         if partial.found.done or partial.found.discarded:
@@ -192,6 +191,26 @@ def run(
         write_report(report, partial.folder)
         partial.publish()
     yield Finished(out, report)
+
+
+def check_output(plan: Plan, out: Path, *, force: bool) -> None:
+    """Raise BadInputError for an ``out`` that cannot be made, or whose replacement would take other things with it."""
+    if out.name in ("", ".."):
+        raise BadInputError(f"{out} is no name for a new folder", "Give it one: -o NAME.")
+    target = out.resolve()
+    files = [] if plan.source.remote else plan.source.weight_files
+    if any(target in (path, *path.parents) for file in files for path in (file.absolute(), file.resolve())):
+        raise BadInputError(f"{out} holds the model that it would be made from", "Choose another -o.")
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not force:
+        raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
+    if out.is_symlink():
+        raise BadInputError(f"{out} is a link, and --force replaces only a folder", f"Name the folder: -o {target}.")
+    if not out.is_dir() or not ((out / "config.json").is_file() or not any(out.iterdir())):
+        raise BadInputError(
+            f"{out} is not a model folder, and --force replaces nothing else", "Remove it, or choose another -o."
+        )
 
 
 def verify(plan: Plan, folder: Path, *, trust_remote_code: bool = False) -> None:

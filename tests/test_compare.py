@@ -88,6 +88,18 @@ def test_gates_fail_with_exit_code_3_and_a_line_each(
     assert "4bit" in (tmp_path / "summary.md").read_text()
 
 
+def test_models_of_one_name_are_told_apart_and_all_held_against_the_gates(models: Path, tmp_path: Path) -> None:
+    for place, recipe in (("bad", "4bit"), ("good", "8bit")):
+        plan = prepare(load_recipe(recipe), str(models / "original"), Options())
+        (tmp_path / place).mkdir()
+        list(run(plan, tmp_path / place / "m", Options()))
+    arguments = (str(models / "original"), str(tmp_path / "bad" / "m"), str(tmp_path / "good" / "m"), *FAST)
+    result = invoke(*arguments, "--gate", "bits_per_weight<6")
+    assert isinstance(result.exception, GateError)
+    assert "good/m" in result.exception.message
+    assert [model["name"] for model in facts(invoke(*arguments, "--json"))["models"]] == ["original", "bad/m", "good/m"]
+
+
 def test_nan_is_shown_as_nan_and_fails_every_gate(models: Path, tmp_path: Path) -> None:
     config = {**LLAMA, "hidden_size": 64, "intermediate_size": 128}
     weights = build(config)[1]

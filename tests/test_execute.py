@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import mlx.core as mx
 import mlx_lm
 import pytest
 
@@ -19,7 +20,7 @@ from mlxq.pipeline import Finished, Options, Resumed, prepare, run
 from mlxq.plan import Plan
 from mlxq.recipe import load_recipe
 from mlxq.writer import sha256_file
-from tests.checkpoints import llama
+from tests.checkpoints import LLAMA, build, llama, save
 
 OPTIONS = Options()
 
@@ -99,9 +100,42 @@ def test_an_existing_output_is_untouched_without_force(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="already exists"):
         next(run(plan, tmp_path / "out", OPTIONS))
     assert (tmp_path / "out" / "mine").read_text() == "precious"
+    with pytest.raises(BadInputError, match="not a model folder"):
+        next(run(plan, tmp_path / "out", OPTIONS, force=True))
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+    (tmp_path / "out" / "config.json").write_text("{}")
     *_, last = run(plan, tmp_path / "out", OPTIONS, force=True)
     assert isinstance(last, Finished)
     assert not (tmp_path / "out" / "mine").exists()
+
+
+def test_force_never_takes_the_source_with_it(tmp_path: Path) -> None:
+    model = llama(tmp_path / "project" / "model")
+    plan, before = plan_of(model), hashes(model)
+    (tmp_path / "link").symlink_to(model)
+    for out, said in [
+        (model, "would be made from"),
+        (model.parent, "would be made from"),
+        (tmp_path / "link", "would be made from"),
+        (tmp_path / "link" / "..", "no name"),
+        (Path("."), "no name"),
+    ]:
+        with pytest.raises(BadInputError, match=said):
+            next(run(plan, out, OPTIONS, force=True))
+    assert hashes(model) == before
+
+
+@pytest.mark.parametrize("name", ["4bit", "mxfp4"])
+def test_weights_that_are_no_numbers_are_not_quantized_into_some(name: str, tmp_path: Path) -> None:
+    weights = build(LLAMA)[1]
+    broken = "model.layers.1.mlp.up_proj.weight"
+    weights[broken] = mx.where(
+        mx.arange(weights[broken].size).reshape(weights[broken].shape) == 77, mx.nan, weights[broken]
+    )
+    plan = prepare(load_recipe(name), str(save(tmp_path / "model", LLAMA, weights)), OPTIONS)
+    with pytest.raises(MlxqError, match=f"{broken} holds NaN"):
+        list(run(plan, tmp_path / "out", OPTIONS))
+    assert not (tmp_path / "out").exists()
 
 
 def test_two_runs_cannot_write_the_same_folder(tmp_path: Path) -> None:

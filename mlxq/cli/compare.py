@@ -63,11 +63,14 @@ def command(
     gates = [parse_gate(line) for line in gate or ()]
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise BadInputError(f"--plot {plot}: name a .svg or .png file")
+    for picture in (html, plot):
+        if picture is not None and not picture.absolute().parent.is_dir():
+            raise BadInputError(f"{picture}: there is no folder {picture.parent}", "Make it first.")
     rest = [m for m in models if m != reference] if reference else models[1:]
     if not rest:
         raise BadInputError("nothing to compare with the original", "Name models or recipes after it.")
     load_blas()
-    from mlxq.candidates import load_candidate, model_candidate
+    from mlxq.candidates import load_candidate, model_candidate, with_distinct_names
     from mlxq.cli.writing import bring_here
     from mlxq.compare import Settings, read_prompts
     from mlxq.metrics.forward import on_cpu
@@ -84,6 +87,7 @@ def command(
     with tempfile.TemporaryDirectory(prefix="mlxq-compare-") as scratch:
         original = model_candidate(reference or models[0], Path(scratch))
         candidates = [load_candidate(name, original, Path(scratch)) for name in rest]
+        original, *candidates = with_distinct_names([original, *candidates], [reference or models[0], *rest])
         comparison, interrupted = _measure(original, candidates, settings, quiet=quiet)
     if comparison is None:
         raise KeyboardInterrupt

@@ -108,11 +108,12 @@ def write_model(
     """Run a plan with progress, then show the result and the line that tries it."""
     from mlxq.execute import Progress
     from mlxq.patience import Waiting
-    from mlxq.pipeline import Finished, Resumed, run
+    from mlxq.pipeline import Finished, Resumed, check_output, run
     from mlxq.sources.download import Downloading
     from mlxq.tables import plan_notes
 
     began = time.perf_counter()
+    check_output(plan, out, force=force)
     for line in plan_notes(plan):
         note(line, quiet=quiet)
     if low_disk and plan.source.remote is None:
