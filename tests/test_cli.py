@@ -76,6 +76,8 @@ def test_a_width_that_64_does_not_divide_falls_back_or_is_an_error(tmp_path: Pat
         (("quantize",), "name a recipe"),
         (("inspect", "nowhere"), "no model at"),
         (("inspect", "."), "no config.json"),
+        (("inspect", "nowhere", "--why", "lm_head"), "--why"),
+        (("inspect", "nowhere", "--recipe", "4bit", "--device", "nonsense"), "--recipe shows a plan"),
         (("recipes", "show", "missing"), "missing"),
     ],
 )

@@ -39,11 +39,18 @@ def command(
     Example: mlxq inspect ./my-model --device mac-m4 --context 8192
     """
     from mlxq.console import note, show, show_json
+    from mlxq.errors import BadInputError
     from mlxq.sources.resolve import resolve
 
+    if recipe is None and why != "*":
+        raise BadInputError("--why explains what a recipe decides", "Add --recipe.")
     if recipe is not None:
+        if layers or match is not None or text is not None or device is not None:
+            raise BadInputError(
+                "--recipe shows a plan, which --layers, --match, --text and --device do not change",
+                "Leave them out, or leave out --recipe.",
+            )
         from mlxq.cli.writing import say_waiting, show_plan
-        from mlxq.errors import BadInputError
         from mlxq.recipe import load_recipe
         from mlxq.runtime import load_blas
 

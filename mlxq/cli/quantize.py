@@ -156,6 +156,15 @@ def command(
     finished = write_model(
         plan, out, options, force=force, generate=generate, as_json=as_json, quiet=quiet, low_disk=low_disk
     )
+    if recorded is not None and (differing := differing_files(finished.report, recorded)):
+        theirs, ours = recorded["versions"], finished.report["versions"]
+        changed = [
+            f"{name} {theirs.get(name)}, here {ours.get(name)}" for name in ours if theirs.get(name) != ours[name]
+        ]
+        raise MlxqError(
+            f"{out} differs from what {locked} records in {', '.join(differing)}",
+            f"It was made with {'; '.join(changed)}." if changed else "The versions are the same: the source differs.",
+        )
     if plan.recipe.gates:
         from mlxq.cli.compare import check_recipe_gates
 
@@ -163,11 +172,6 @@ def command(
         if plan.source.revision is not None:
             original = f"{original.partition('@')[0]}@{plan.source.revision}"
         check_recipe_gates(plan.recipe.gates, original, out, quiet=quiet)
-    if recorded is not None and (differing := differing_files(finished.report, recorded)):
-        raise MlxqError(
-            f"{out} differs from what {locked} records in {', '.join(differing)}",
-            f"It was made with {recorded['versions']}; here are {finished.report['versions']}.",
-        )
     if target is not None:
         from mlxq.cli.upload import publish_made
 
