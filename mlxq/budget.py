@@ -233,8 +233,10 @@ def options_of(draft: Plan) -> dict[str, tuple[Format, ...]]:
 
 def _routers(modules: Sequence[Module]) -> frozenset[str]:
     """Layers that choose among experts: one output for each expert of a stack that lies beside or below them."""
-    stacks = {(m.path.rsplit(".", 2)[0], m.shape[0]) for m in modules if len(m.shape) == 3}
-    stacks |= {(m.path.rpartition(".")[0], m.shape[0]) for m in modules if len(m.shape) == 3}
+    # A convolution's weight has three axes too, but is none of what can be quantized.
+    experts = [m for m in modules if len(m.shape) == 3 and m.quantizable]
+    stacks = {(m.path.rsplit(".", 2)[0], m.shape[0]) for m in experts}
+    stacks |= {(m.path.rpartition(".")[0], m.shape[0]) for m in experts}
     return frozenset(m.path for m in modules if len(m.shape) == 2 and (m.path.rpartition(".")[0], m.shape[0]) in stacks)
 
 

@@ -263,3 +263,59 @@ def test_blocks_called_out_of_sequence_are_refused() -> None:
     with pytest.raises(NotSequentialError, match=r"layers\.1 is not called on the output"):
         sequence.enter(mx.ones((1, 4)))
     assert type(model.layers[0]) is nn.Linear
+
+
+class _Twice(nn.Module):  # type: ignore[misc]
+    """A block that multiplies twice, by one matrix or by two that are equal."""
+
+    def __init__(self, weight: mx.array, shared: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(64, 64, bias=False)
+        self.first.weight = weight
+        if not shared:
+            self.second = nn.Linear(64, 64, bias=False)
+            self.second.weight = weight
+
+    def __call__(self, x: mx.array) -> mx.array:
+        again = self.second if "second" in self else self.first
+        return x + mx.tanh(self.first(x)) + again(x * x)
+
+
+class _Small(nn.Module):  # type: ignore[misc]
+    """An embedding, two blocks and a head; ``streams`` copies of the hidden states where there are several."""
+
+    def __init__(self, shared: bool = True, streams: int = 0) -> None:
+        super().__init__()
+        keys = mx.random.split(mx.random.key(3), 4)
+        self.embed = nn.Embedding(96, 64)
+        self.embed.weight = mx.random.normal((96, 64), key=keys[0])
+        self.layers = [_Twice(mx.random.normal((64, 64), key=key) * 0.1, shared) for key in keys[1:3]]
+        self.head = nn.Linear(64, 96, bias=False)
+        self.head.weight = mx.random.normal((96, 64), key=keys[3]) * 0.1
+        self._streams = streams
+
+    def __call__(self, tokens: mx.array) -> mx.array:
+        x = self.embed(tokens)
+        if self._streams:
+            x = mx.stack([x] * self._streams)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x[0] if self._streams else x)
+
+
+def test_a_module_called_twice_is_scored_for_both_calls() -> None:
+    fmt, tokens = Format(3, 32), in_batches(text(), 3)
+
+    def plain(path: str, weight: mx.array, fmt: Format, statistics: InputStatistics | None) -> mx.array:
+        return decode(fit(weight, fmt), fmt)
+
+    shared = list(scores(find_blocks(_Small()), tokens, {"layers.1.first": [fmt]}, plain))
+    apart = {"layers.1.first": [fmt], "layers.1.second": [fmt]}
+    both = list(scores(find_blocks(_Small(shared=False)), tokens, apart, plain))
+    assert len(both) == 2
+    assert shared[0].divergence == pytest.approx(sum(score.divergence for score in both), rel=1e-3)
+
+
+def test_blocks_that_are_given_several_streams_are_refused() -> None:
+    with pytest.raises(NotSequentialError, match="not a vector for each"):
+        find_blocks(_Small(streams=4)).enter(text())

@@ -154,6 +154,11 @@ class BlockSequence:
                 f"{len(self.blocks)} blocks were found but the model made {len(called)} calls of them",
                 "this model can only be scored from its weights: calibration: none",
             )
+        if first[0].ndim != 3 or first[0].shape[:2] != tokens.shape:
+            raise NotSequentialError(
+                f"its blocks are given {first[0].shape} for {tokens.shape} tokens, and not a vector for each",
+                "this model can only be scored from its weights: calibration: none",
+            )
         return Entered(first[0], tuple(calls), frozenset(before))
 
     def run(self, index: int, hidden: mx.array, entered: Entered) -> mx.array:

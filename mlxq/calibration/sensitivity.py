@@ -80,8 +80,8 @@ def scores(
             back = [(sequence, index, *each) for each in zip(inputs.pop(), entries, gradients, strict=True)]
             for k, (below, part) in enumerate(side_by_side(_backward, back)):
                 gradients[k] = below
-                for name, call in part.items():
-                    calls.setdefault(f"{path}.{name}", []).append(call)
+                for name, found in part.items():
+                    calls.setdefault(f"{path}.{name}", []).extend(found)
             for name, module in quantizable(sequence.blocks[path]).items():
                 full = f"{path}.{name}"
                 if full in options and full in calls:
@@ -125,40 +125,45 @@ def _head_gradient(sequence: BlockSequence, tokens: mx.array, hidden: mx.array, 
 
 def _backward(
     sequence: BlockSequence, index: int, hidden: mx.array, entered: Entered, gradient: mx.array
-) -> tuple[mx.array, dict[str, _Call]]:
+) -> tuple[mx.array, dict[str, list[_Call]]]:
     """Run block ``index`` again and take the gradient back through it.
 
-    Returns the gradient at ``hidden`` and, for each quantizable module, its arguments and output gradient. These
-    come from a zero added to each output, whose gradient is the output's.
+    Returns the gradient at ``hidden`` and, for each call of each quantizable module, its arguments and output
+    gradient. These come from a zero added to each output, whose gradient is the output's.
     """
     import mlx.core as mx
 
     modules = quantizable(sequence.blocks[tuple(sequence.blocks)[index]])
-    kwargs_of: dict[str, dict[str, Any]] = {}
-    shapes: dict[str, mx.array] = {}
+    kwargs_of: dict[str, list[dict[str, Any]]] = {}
+    zeros: dict[str, list[mx.array]] = {}
 
     def measure(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         output = call(*args, **kwargs)
-        shapes[name] = mx.zeros(output.shape, output.dtype)
+        zeros.setdefault(name, []).append(mx.zeros(output.shape, output.dtype))
+        kwargs_of.setdefault(name, []).append(kwargs)
         return output
 
     with intercepted(modules, measure):
         sequence.run(index, hidden, entered)
 
-    def weighted_output(h: mx.array, probes: dict[str, mx.array]) -> tuple[mx.array, dict[str, Any]]:
-        recorded: dict[str, Any] = {}
+    def weighted_output(h: mx.array, probes: dict[str, list[mx.array]]) -> tuple[mx.array, dict[str, Any]]:
+        recorded: dict[str, list[Any]] = {}
 
         def probe(name: str, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            recorded[name] = args
-            kwargs_of[name] = kwargs
-            return call(*args, **kwargs) + probes[name]
+            nth = len(recorded.setdefault(name, []))
+            recorded[name].append(args)
+            return call(*args, **kwargs) + probes[name][nth]
 
         with intercepted(modules, probe):
             output = sequence.run(index, h, entered)
         return (output * gradient).sum(), recorded
 
-    (_, args_of), (below, at) = mx.value_and_grad(weighted_output, argnums=(0, 1))(hidden, shapes)
-    return below, {name: _Call(tuple(args_of[name]), kwargs_of[name], at[name]) for name in args_of}
+    (_, args_of), (below, at) = mx.value_and_grad(weighted_output, argnums=(0, 1))(hidden, zeros)
+    calls = {
+        name: [_Call(tuple(args), *rest) for args, *rest in zip(args_of[name], kwargs_of[name], at[name], strict=True)]
+        for name in args_of
+    }
+    return below, calls
 
 
 def _module_scores(

@@ -101,10 +101,14 @@ def not_sequential(source: ModelSource, architecture: Architecture, *, trust_rem
             model, _ = open_lazily(folder, source.name, trust_remote_code=trust_remote_code)
             sequence = find_blocks(model)
             # Nothing is evaluated: what is checked is who calls whom on what.
-            entered = sequence.enter(mx.zeros((1, 8), dtype=mx.int32))
-            hidden = entered.hidden
-            for index in range(len(sequence.blocks)):
-                hidden = sequence.run(index, hidden, entered)
+            try:
+                entered = sequence.enter(mx.zeros((1, 8), dtype=mx.int32))
+                hidden = entered.hidden
+                for index in range(len(sequence.blocks)):
+                    hidden = sequence.run(index, hidden, entered)
+            except (ValueError, TypeError, AttributeError, LookupError) as exc:
+                # Blocks that return more than their output, or share what another computed, fail in the model's code.
+                return f"its blocks do not take one another's outputs alone ({exc})"
     except NotSequentialError as exc:
         return exc.message
     return None
