@@ -9,25 +9,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlxq.architecture import bind, open_lazily
-from mlxq.budget import Scoring, Spending, spend
+from mlxq.architecture.bind import bind, open_lazily
+from mlxq.budget.spend import Scoring, Spending, spend
 from mlxq.calibration.streamed import not_sequential
-from mlxq.card import source_metadata, write_card
 from mlxq.errors import BadInputError, MlxqError, RecipeError
-from mlxq.execute import Progress, execute
-from mlxq.low_disk import execute_by_shards
+from mlxq.machine.runtime import peak_rss_bytes
 from mlxq.methods.formats import Format
 from mlxq.metrics.size import measure_size
-from mlxq.patience import Waiting
-from mlxq.plan import BY_BUDGET, Plan, make_plan
-from mlxq.recipe import Calibration, Recipe, load_recipe, recipe_from_dict
-from mlxq.report import build_report, source_facts, write_report
-from mlxq.room import check_room
-from mlxq.runtime import peak_rss_bytes
+from mlxq.planning.plan import BY_BUDGET, Plan, make_plan
+from mlxq.publish.card import source_metadata, write_card
+from mlxq.recipe.load import Calibration, Recipe, load_recipe, recipe_from_dict
+from mlxq.retry import Waiting
 from mlxq.sources.download import Downloading, fetch, fetch_companions
 from mlxq.sources.resolve import resolve
 from mlxq.sources.safetensors import read_file_header
-from mlxq.writer import PartialFolder
+from mlxq.writing.disk_space import check_room
+from mlxq.writing.execute import Progress, execute
+from mlxq.writing.folder import PartialFolder
+from mlxq.writing.low_disk import execute_by_shards
+from mlxq.writing.report import build_report, source_facts, write_report
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlxq.allocate import Option, allocate, frontier, useful
+from mlxq.budget.allocate import Option, allocate, frontier, useful
 from mlxq.errors import BadInputError
 from mlxq.methods.formats import Format
 

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlxq.metrics.size import measure_size
 from mlxq.pipeline import Finished, Options, prepare, run
-from mlxq.recipe import load_recipe, recipe_from_dict
+from mlxq.recipe.load import load_recipe, recipe_from_dict
 from tests.checkpoints import LLAMA, VOCABULARY, build, save
 
 SMALL: dict[str, Any] = {**LLAMA, "head_dim": 32, "max_position_embeddings": 512, "rope_theta": 1e4}

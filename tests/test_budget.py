@@ -15,21 +15,21 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from mlxq.budget import ROUTER_BITS, Scoring, Spending, options_of
+from mlxq.budget.spend import ROUTER_BITS, Scoring, Spending, options_of
 from mlxq.calibration.measured import measured_divergences
 from mlxq.calibration.sensitivity import divergence, scores
 from mlxq.calibration.streamed import not_sequential, streamed_model
 from mlxq.calibration.tokens import calibration_text
 from mlxq.cli import app
 from mlxq.errors import BadInputError
-from mlxq.execute import Progress
 from mlxq.methods.encode import encode
 from mlxq.methods.encoded import decode
 from mlxq.methods.formats import Format
 from mlxq.pipeline import Allocated, Finished, Options, allocated_plan, differing_files, prepare, prepare_locked, run
-from mlxq.plan import Plan
-from mlxq.recipe import budget_recipe, recipe_from_dict
-from mlxq.report import read_report
+from mlxq.planning.plan import Plan
+from mlxq.recipe.load import budget_recipe, recipe_from_dict
+from mlxq.writing.execute import Progress
+from mlxq.writing.report import read_report
 from tests.checkpoints import build, llama, save
 from tests.test_bit_identity import CONFIGS
 from tests.test_foreign import DEEPSEEK
@@ -270,7 +270,7 @@ def test_the_commands_show_and_explain(deep: Path, tmp_path: Path) -> None:
     assert curve.exit_code == 0, curve.output
     facts = json.loads(curve.stdout)
     points = facts["curve"]
-    assert facts["schema"] == "mlxq.budget"
+    assert facts["schema"] == "mlxq.budget.spend"
     assert [p["predicted_kl"] for p in points] == sorted((p["predicted_kl"] for p in points), reverse=True)
     assert sum(p["measured_kl"] is not None for p in points) == 4
     command = ["quantize", str(deep), "--size", "600KB", "--set", FEW, "-o", str(tmp_path / "s"), "--no-generate"]

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlxq import charts
 from mlxq.calibration.text import TextInfo
-from mlxq.compare import Comparison, ModelResult, verdict
-from mlxq.comparison_report import comparison_facts, comparison_html, comparison_markdown
-from mlxq.gates import check_gates, parse_gate
+from mlxq.comparison import charts
+from mlxq.comparison.measure import Comparison, ModelResult, verdict
+from mlxq.comparison.report import comparison_facts, comparison_html, comparison_markdown
 from mlxq.metrics.faithfulness import Faithfulness
 from mlxq.metrics.size import Size
 from mlxq.metrics.speed import Answer, Speed, SpeedSettings
+from mlxq.recipe.gates import check_gates, parse_gate
 
 
 def faithful(kl: float) -> Faithfulness:

@@ -11,12 +11,12 @@ import mlx.core as mx
 import pytest
 from typer.testing import CliRunner, Result
 
-from mlxq.candidates import model_candidate, recipe_candidate
 from mlxq.cli import app
-from mlxq.compare import Comparison, Settings, compare, folder_candidate
+from mlxq.comparison.candidates import model_candidate, recipe_candidate
+from mlxq.comparison.measure import Comparison, Settings, compare, folder_candidate
 from mlxq.errors import BadInputError, GateError
 from mlxq.pipeline import Options, prepare, run
-from mlxq.recipe import load_recipe, names_recipe
+from mlxq.recipe.load import load_recipe, names_recipe
 from tests.checkpoints import LLAMA, build, llama, save
 
 FAST = ("--no-speed", "--tokens", "1024")

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from mlxq.devices import Device, _this_mac, devices, find_device, this_machine
 from mlxq.errors import BadInputError
+from mlxq.machine.devices import Device, _this_mac, devices, find_device, this_machine
 
 GB = 1 << 30
 

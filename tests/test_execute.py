@@ -15,11 +15,11 @@ import mlx_lm
 import pytest
 
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.execute import Progress, blocks_of
 from mlxq.pipeline import Finished, Options, Resumed, prepare, run
-from mlxq.plan import Plan
-from mlxq.recipe import load_recipe
-from mlxq.writer import sha256_file
+from mlxq.planning.plan import Plan
+from mlxq.recipe.load import load_recipe
+from mlxq.writing.execute import Progress, blocks_of
+from mlxq.writing.folder import sha256_file
 from tests.checkpoints import LLAMA, build, llama, save
 
 OPTIONS = Options()
@@ -194,7 +194,7 @@ def test_assembling_holds_one_tensor_not_the_model(tmp_path: Path) -> None:
     peak = (
         "import sys\n"
         "from mlxq.pipeline import Options, prepare, run\n"
-        "from mlxq.recipe import recipe_from_dict\n"
+        "from mlxq.recipe.load import recipe_from_dict\n"
         "def peak():\n"
         "    text = open('/proc/self/status').read()\n"
         "    return int(text.split('VmHWM:')[1].split()[0]) / 1024\n"

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from mlxq.devices import Device
-from mlxq.fit import active_share, fit, kv_cache_bytes, overhead_bytes
+from mlxq.machine.devices import Device
+from mlxq.machine.memory import active_share, fit, kv_cache_bytes, overhead_bytes
 
 DENSE = {
     "hidden_size": 64,

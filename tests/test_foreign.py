@@ -14,15 +14,15 @@ import pytest
 from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
-from mlxq.architecture import open_lazily
+from mlxq.architecture.bind import open_lazily
+from mlxq.architecture.inspection import inspect_model
 from mlxq.cli import app
 from mlxq.errors import BadInputError
-from mlxq.inspection import inspect_model
 from mlxq.metrics.forward import evaluation_model
 from mlxq.pipeline import Options, prepare
-from mlxq.recipe import load_recipe, recipe_from_dict
+from mlxq.recipe.load import load_recipe, recipe_from_dict
+from mlxq.show.tables import plan_notes
 from mlxq.sources.resolve import resolve
-from mlxq.tables import plan_notes
 from tests.checkpoints import LLAMA, build, save
 from tests.test_bit_identity import CONFIGS, SMALL, assert_same_bits, quantize, tensors
 

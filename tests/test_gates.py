@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mlxq.errors import BadInputError
-from mlxq.gates import check_gate, check_gates, parse_gate
+from mlxq.recipe.gates import check_gate, check_gates, parse_gate
 
 
 @pytest.mark.parametrize(

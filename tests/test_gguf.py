@@ -691,7 +691,7 @@ def test_nearest_formats() -> None:
 
 
 def test_recipe_gives_each_module_the_format_of_its_blocks(tmp_path: Path) -> None:
-    from mlxq.match import layer_index, matches, parse_layers
+    from mlxq.recipe.match import layer_index, matches, parse_layers
 
     types = {name: T.Q4_0 for name, weight in hf_weights("llama").items() if weight.ndim > 1}
     types |= {
@@ -721,7 +721,7 @@ def test_recipe_gives_each_module_the_format_of_its_blocks(tmp_path: Path) -> No
 
 
 def test_layers_of_a_recipe_rule_are_compact(tmp_path: Path) -> None:
-    from mlxq.match import parse_layers
+    from mlxq.recipe.match import parse_layers
 
     weights = hf_weights("qwen2", layers=16)
     raised = {0, 1, 2, 5, 8, 11, 15}
@@ -804,7 +804,7 @@ def test_kept_quantization_holds_the_files_own_values(tmp_path: Path) -> None:
     import mlx.core as mx
 
     from mlxq.pipeline import Finished, Options, prepare, run
-    from mlxq.recipe import recipe_from_dict
+    from mlxq.recipe.load import recipe_from_dict
 
     file = write_gguf(tmp_path / "m.gguf", "llama", types={"model.layers.0.mlp.down_proj.weight": T.Q4_1})
     options = Options(keep_quantization=True)

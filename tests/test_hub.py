@@ -17,17 +17,17 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxq.architecture import encode_header
+from mlxq.architecture.bind import encode_header
 from mlxq.errors import MlxqError
-from mlxq.low_disk import most_held_bytes, stages
-from mlxq.patience import Waiting
 from mlxq.pipeline import Finished, Options, prepare, run
-from mlxq.recipe import load_recipe
-from mlxq.room import room_needed
+from mlxq.recipe.load import load_recipe
+from mlxq.retry import Waiting
 from mlxq.sources.download import Downloading
 from mlxq.sources.resolve import resolve
 from mlxq.tensors import TensorSpec
-from mlxq.writer import sha256_file
+from mlxq.writing.disk_space import room_needed
+from mlxq.writing.folder import sha256_file
+from mlxq.writing.low_disk import most_held_bytes, stages
 from tests.checkpoints import LLAMA, build, llama, save
 from tests.hub_server import READ_TOKEN, TOKEN, Hub
 from tests.test_gguf import write_gguf

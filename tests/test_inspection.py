@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from mlxq.architecture.inspection import Inspection, encode_text, inspect_model
 from mlxq.errors import BadInputError
-from mlxq.fit import Estimate, estimate, estimate_bytes
-from mlxq.inspection import Inspection, encode_text, inspect_model
+from mlxq.machine.memory import Estimate, estimate, estimate_bytes
 from mlxq.methods.formats import Format
-from mlxq.recipe import recipe_from_dict
+from mlxq.recipe.load import recipe_from_dict
 from mlxq.sources.safetensors import open_folder
 from mlxq.tensors import DTYPE_BITS, TensorSpec
 
@@ -312,11 +312,11 @@ def test_inspecting_imports_nothing_heavy(tmp_path: Path) -> None:
     write_folder(tmp_path, LLAMA, llama_tensors())
     code = (
         "import sys\n"
-        "import mlxq.inspection, mlxq.devices, mlxq.fit\n"
+        "import mlxq.architecture.inspection, mlxq.machine.devices, mlxq.machine.memory\n"
         "from pathlib import Path\n"
         "from mlxq.sources.safetensors import open_folder\n"
-        f"mlxq.inspection.inspect_model(open_folder(Path({str(tmp_path)!r}), 'm'), 4096)\n"
-        "mlxq.devices.find_device('m4-max-64gb')\n"
+        f"mlxq.architecture.inspection.inspect_model(open_folder(Path({str(tmp_path)!r}), 'm'), 4096)\n"
+        "mlxq.machine.devices.find_device('m4-max-64gb')\n"
         "heavy = ('mlx', 'mlx_lm', 'transformers', 'tokenizers', 'numpy', 'huggingface_hub')\n"
         "print(sorted(set(heavy) & sys.modules.keys()))"
     )
@@ -361,8 +361,8 @@ def test_estimates_count_every_byte(tmp_path: Path) -> None:
 
 
 def test_estimates_equal_the_plan(tmp_path: Path) -> None:
-    from mlxq.architecture import bind
-    from mlxq.plan import make_plan
+    from mlxq.architecture.bind import bind
+    from mlxq.planning.plan import make_plan
 
     tensors = llama_tensors()
     for layer in range(2):

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxq.architecture import encode_header
+from mlxq.architecture.bind import encode_header
 from mlxq.errors import MlxqError
-from mlxq.execute import Progress
 from mlxq.pipeline import Finished, Options, Resumed, prepare, run
-from mlxq.plan import Plan
-from mlxq.recipe import load_recipe
+from mlxq.planning.plan import Plan
+from mlxq.recipe.load import load_recipe
 from mlxq.tensors import TensorSpec
+from mlxq.writing.execute import Progress
 from tests.checkpoints import LLAMA, save
 from tests.terminal import CTRL_C, at_a_terminal
 from tests.test_execute import hashes

@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxq.errors import BadInputError
-from mlxq.match import (
+from mlxq.methods.formats import Format
+from mlxq.recipe.load import Rule, load_recipe
+from mlxq.recipe.match import (
     assign,
     layer_index,
     matches,
@@ -18,8 +20,6 @@ from mlxq.match import (
     pattern_fault,
     slice_fault,
 )
-from mlxq.methods.formats import Format
-from mlxq.recipe import Rule, load_recipe
 
 COMPONENTS = st.sampled_from(["model", "layers", "0", "7", "12", "mlp", "down_proj", "v_proj", "lm_head", "gate"])
 PATHS = st.lists(COMPONENTS, min_size=1, max_size=6).map(".".join)

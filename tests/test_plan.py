@@ -10,12 +10,12 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-import mlxq.plan
+import mlxq.planning.plan
 from mlxq.errors import RecipeError
 from mlxq.methods.formats import Format
 from mlxq.pipeline import Options, prepare
-from mlxq.plan import Decision, Plan
-from mlxq.recipe import load_recipe, recipe_from_dict
+from mlxq.planning.plan import Decision, Plan
+from mlxq.recipe.load import load_recipe, recipe_from_dict
 from tests.checkpoints import llama, save
 from tests.test_bit_identity import assert_same_bits, checkpoint, quantize, tensors
 from tests.test_foreign import DEEPSEEK, deepseek_weights
@@ -36,7 +36,7 @@ def decision(plan: Plan, path: str) -> Decision:
 def test_many_shards_hold_what_one_file_holds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = checkpoint(tmp_path / "model", name)
     quantize(model, tmp_path / "one", load_recipe("4bit"))
-    monkeypatch.setattr(mlxq.plan, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(mlxq.planning.plan, "SHARD_BYTES", 30_000)
     plan = prepare(load_recipe("4bit"), str(model), Options())
     quantize(model, tmp_path / "many", load_recipe("4bit"))
     files = sorted((tmp_path / "many").glob("model*.safetensors"))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mlxq.errors import RecipeError
 from mlxq.methods.formats import MODES, Format
-from mlxq.recipe import json_schema, load_recipe, recipe_from_dict, shipped_recipes
-from mlxq.recipe_yaml import heading, parse_document
+from mlxq.recipe.load import json_schema, load_recipe, recipe_from_dict, shipped_recipes
+from mlxq.recipe.yaml import heading, parse_document
 
 SHIPPED = ["4bit", "8bit", "lm-head-6", "mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6", "moe"]
 SHIPPED += ["mxfp4", "mxfp8", "nvfp4", "quickstart"]

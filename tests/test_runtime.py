@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mlxq.runtime import environment, free_memory_bytes, load_blas, peak_rss_bytes
+from mlxq.machine.runtime import environment, free_memory_bytes, load_blas, peak_rss_bytes
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="only Linux wheels carry a reference BLAS")
 
@@ -25,7 +25,7 @@ def run(code: str) -> Any:
 def test_openblas_is_loaded_first_and_mlx_uses_it() -> None:
     found = run(
         "import json, sys\n"
-        "from mlxq.runtime import load_blas\n"
+        "from mlxq.machine.runtime import load_blas\n"
         "first = load_blas()\n"
         "early = 'mlx.core' in sys.modules\n"
         "import ctypes\n"
@@ -47,7 +47,7 @@ def test_too_late_is_said_and_changes_nothing() -> None:
     found = run(
         "import json\n"
         "import mlx.core\n"
-        "from mlxq.runtime import load_blas\n"
+        "from mlxq.machine.runtime import load_blas\n"
         "info = load_blas()\n"
         "print(json.dumps([info.path, info.note]))"
     )

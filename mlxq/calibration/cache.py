@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from mlxq.plan import Plan
+    from mlxq.planning.plan import Plan
 
 # Part of every key: raised when scores would come out differently.
 SCORES_VERSION = 3

@@ -15,7 +15,7 @@ from mlxq.methods.gptq import DAMPING, TIED_DAMPING, Feedback, feedback
 if TYPE_CHECKING:
     import mlx.core as mx
 
-    from mlxq.plan import Plan
+    from mlxq.planning.plan import Plan
 
 # A stack of experts whose Hessians would take more is encoded by ``fit``, which needs one number per input.
 HESSIAN_BYTES = 2 << 30

@@ -53,7 +53,7 @@ def main() -> None:
     try:
         app()
     except MlxqError as error:
-        from mlxq.console import show_error
+        from mlxq.show.console import show_error
 
         show_error(error)
         raise SystemExit(error.exit_code) from None

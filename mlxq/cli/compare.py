@@ -14,8 +14,8 @@ import typer
 from mlxq.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
-    from mlxq.compare import Candidate, Comparison, Settings
-    from mlxq.gates import GateResult
+    from mlxq.comparison.measure import Candidate, Comparison, Settings
+    from mlxq.recipe.gates import GateResult
 
 
 def command(
@@ -57,8 +57,8 @@ def command(
     Example: mlxq compare ./original ./original-4bit mixed_4_6 --gate 'kl_mean<0.05' --html report.html
     """
     from mlxq.errors import BadInputError, GateError
-    from mlxq.gates import check_gates, parse_gate
-    from mlxq.runtime import load_blas
+    from mlxq.machine.runtime import load_blas
+    from mlxq.recipe.gates import check_gates, parse_gate
 
     gates = [parse_gate(line) for line in gate or ()]
     if plot is not None and plot.suffix not in (".svg", ".png"):
@@ -70,12 +70,12 @@ def command(
     if not rest:
         raise BadInputError("nothing to compare with the original", "Name models or recipes after it.")
     load_blas()
-    from mlxq.candidates import load_candidate, model_candidate, with_distinct_names
     from mlxq.cli.writing import bring_here
-    from mlxq.compare import Settings, read_prompts
+    from mlxq.comparison.candidates import load_candidate, model_candidate, with_distinct_names
+    from mlxq.comparison.measure import Settings, read_prompts
     from mlxq.metrics.forward import on_cpu
     from mlxq.metrics.speed import CPU_SETTINGS, SpeedSettings
-    from mlxq.recipe import names_recipe
+    from mlxq.recipe.load import names_recipe
 
     lengths = (CPU_SETTINGS if on_cpu() else SpeedSettings()) if speed else None
     settings = Settings(
@@ -104,8 +104,8 @@ def _measure(
     original: Candidate, candidates: Sequence[Candidate], settings: Settings, *, quiet: bool
 ) -> tuple[Comparison | None, bool]:
     """Run the comparison with progress; on Ctrl-C keep what is finished and say so."""
-    from mlxq.compare import Comparison, compare
-    from mlxq.console import stages, warn
+    from mlxq.comparison.measure import Comparison, compare
+    from mlxq.show.console import stages, warn
 
     done: Comparison | None = None
     interrupted = False
@@ -128,14 +128,14 @@ def check_recipe_gates(gates: Sequence[str], model: str, out: Path, *, quiet: bo
 
     The results go into its ``mlxq.json``. Raises GateError with a line per failed gate.
     """
-    from mlxq.candidates import model_candidate
     from mlxq.cli.writing import bring_here
-    from mlxq.compare import Settings
-    from mlxq.console import note
+    from mlxq.comparison.candidates import model_candidate
+    from mlxq.comparison.measure import Settings
     from mlxq.errors import GateError
-    from mlxq.gates import check_gates, parse_gate
     from mlxq.metrics.forward import on_cpu
     from mlxq.metrics.speed import CPU_SETTINGS, SPEED_METRICS, SpeedSettings
+    from mlxq.recipe.gates import check_gates, parse_gate
+    from mlxq.show.console import note
 
     parsed = [parse_gate(line) for line in gates]
     timed = any(gate.metric in SPEED_METRICS for gate in parsed)
@@ -157,8 +157,8 @@ def check_recipe_gates(gates: Sequence[str], model: str, out: Path, *, quiet: bo
 
 def _record(comparison: Comparison, candidates: Sequence[Candidate]) -> None:
     """Put each stored candidate's results into its ``mlxq.json``."""
-    from mlxq.comparison_report import candidate_facts
-    from mlxq.report import FILE_NAME, read_report, write_report
+    from mlxq.comparison.report import candidate_facts
+    from mlxq.writing.report import FILE_NAME, read_report, write_report
 
     for result, candidate in zip(comparison.candidates, candidates, strict=False):
         if candidate.folder is None or not (candidate.folder / FILE_NAME).is_file():
@@ -179,10 +179,11 @@ def _show(
     html: Path | None,
     plot: Path | None,
 ) -> None:
-    from mlxq import charts, tables
-    from mlxq.compare import verdict
-    from mlxq.comparison_report import comparison_facts, comparison_html, comparison_markdown, footnotes
-    from mlxq.console import note, show, show_json, show_text
+    from mlxq.comparison import charts
+    from mlxq.comparison.measure import verdict
+    from mlxq.comparison.report import comparison_facts, comparison_html, comparison_markdown, footnotes
+    from mlxq.show import tables
+    from mlxq.show.console import note, show, show_json, show_text
 
     if html is not None:
         html.write_text(comparison_html(comparison, gates), encoding="utf-8")

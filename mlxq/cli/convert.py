@@ -43,8 +43,8 @@ def command(
     """
     from mlxq.cli.writing import say_waiting, show_plan, write_model
     from mlxq.errors import BadInputError
-    from mlxq.recipe import recipe_from_dict
-    from mlxq.runtime import load_blas
+    from mlxq.machine.runtime import load_blas
+    from mlxq.recipe.load import recipe_from_dict
 
     if dequantize and keep_quantization:
         raise BadInputError("--dequantize and --keep-quantization exclude each other")

@@ -12,9 +12,9 @@ def command(as_json: Json = False) -> None:
     """
     from dataclasses import asdict
 
-    from mlxq.console import show, show_json
-    from mlxq.runtime import environment
-    from mlxq.tables import environment_table
+    from mlxq.machine.runtime import environment
+    from mlxq.show.console import show, show_json
+    from mlxq.show.tables import environment_table
 
     found = environment()
     if as_json:

@@ -38,8 +38,8 @@ def command(
 
     Example: mlxq inspect ./my-model --device mac-m4 --context 8192
     """
-    from mlxq.console import note, show, show_json
     from mlxq.errors import BadInputError
+    from mlxq.show.console import note, show, show_json
     from mlxq.sources.resolve import resolve
 
     if recipe is None and why != "*":
@@ -51,8 +51,8 @@ def command(
                 "Leave them out, or leave out --recipe.",
             )
         from mlxq.cli.writing import say_waiting, show_plan
-        from mlxq.recipe import load_recipe
-        from mlxq.runtime import load_blas
+        from mlxq.machine.runtime import load_blas
+        from mlxq.recipe.load import load_recipe
 
         loaded = load_recipe(recipe)
         if loaded.budget is not None:
@@ -67,12 +67,12 @@ def command(
         plan = prepare(loaded, model, options, on_wait=say_waiting)
         show_plan(plan, out=default_output(loaded, model), why=why, as_json=as_json, quiet=quiet)
         return
-    from mlxq import tables
+    from mlxq.architecture.inspection import encode_text, inspect_model
     from mlxq.cli.writing import say_waiting
-    from mlxq.devices import find_device, this_machine
-    from mlxq.fit import estimate, fit
-    from mlxq.inspection import encode_text, inspect_model
-    from mlxq.recipe import shipped_recipes
+    from mlxq.machine.devices import find_device, this_machine
+    from mlxq.machine.memory import estimate, fit
+    from mlxq.recipe.load import shipped_recipes
+    from mlxq.show import tables
 
     source = resolve(model, tokenizer=text is not None, trust_remote_code=trust_remote_code, on_wait=say_waiting)
     machine = find_device(device) if device else this_machine()

@@ -11,7 +11,7 @@ import typer
 from mlxq.cli.options import DryRun, Force, Generate, Json, LowDisk, Output, Quiet, TrustRemoteCode
 
 if TYPE_CHECKING:
-    from mlxq.recipe import Recipe
+    from mlxq.recipe.load import Recipe
 
 
 def command(
@@ -88,11 +88,11 @@ def command(
     _check_together(recipe, locked, sets, bpw, size, frontier, plot)
     spending = target = None
     if locked is not None:
-        from mlxq.runtime import load_blas
+        from mlxq.machine.runtime import load_blas
 
         load_blas()
         from mlxq.pipeline import differing_files, prepare_locked
-        from mlxq.report import read_report
+        from mlxq.writing.report import read_report
 
         recorded = read_report(locked)
         plan, options = prepare_locked(recorded, model, on_wait=say_waiting)
@@ -103,11 +103,11 @@ def command(
         if upload and not (dry_run or frontier or why is not None):
             target = loaded.upload
         if target is not None:
-            from mlxq.publish import check_login
+            from mlxq.publish.publish import check_login
 
             # Said now, not after hours of work.
             check_login()
-        from mlxq.runtime import load_blas
+        from mlxq.machine.runtime import load_blas
 
         load_blas()
         from mlxq.pipeline import Options, default_output, prepare
@@ -119,7 +119,7 @@ def command(
             raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
         plan = prepare(loaded, name, options, on_wait=say_waiting)
         if low_disk:
-            from mlxq.low_disk import check_low_disk
+            from mlxq.writing.low_disk import check_low_disk
 
             check_low_disk(plan)
         if loaded.budget is not None:
@@ -138,9 +138,9 @@ def command(
         show_spending(spending, explain=explain, frontier=frontier, plot=plot, quiet=quiet)
     if frontier:
         if as_json:
-            from mlxq.console import show_json
+            from mlxq.show.console import show_json
 
-            show_json({"schema": "mlxq.budget", "schema_version": 1, **(plan.spending or {})})
+            show_json({"schema": "mlxq.budget.spend", "schema_version": 1, **(plan.spending or {})})
         return
     if dry_run or why is not None:
         show_plan(
@@ -209,7 +209,7 @@ def _asked(
 ) -> tuple[Recipe, str]:
     """The recipe and the model that the command line comes to."""
     from mlxq.errors import BadInputError
-    from mlxq.recipe import budget_recipe, load_recipe, names_recipe
+    from mlxq.recipe.load import budget_recipe, load_recipe, names_recipe
 
     if bpw is None and size is None:
         recipe = load_recipe(text, sets)

@@ -18,9 +18,9 @@ def listing(context: typer.Context, as_json: Json = False) -> None:
     """List the shipped recipes."""
     if context.invoked_subcommand is not None:
         return
-    from mlxq.console import note, show, show_json
-    from mlxq.recipe import shipped_recipes
-    from mlxq.tables import recipes_table
+    from mlxq.recipe.load import shipped_recipes
+    from mlxq.show.console import note, show, show_json
+    from mlxq.show.tables import recipes_table
 
     found = shipped_recipes()
     if as_json:
@@ -36,8 +36,8 @@ def show(
     name: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a file.")], as_json: Json = False
 ) -> None:
     """Print a recipe as it was written."""
-    from mlxq.console import show_json
-    from mlxq.recipe import load_recipe
+    from mlxq.recipe.load import load_recipe
+    from mlxq.show.console import show_json
 
     recipe = load_recipe(name)
     if as_json:
@@ -57,12 +57,12 @@ def check(
     as_json: Json = False,
 ) -> None:
     """Check a recipe; all faults are listed at once."""
-    from mlxq.console import show as show_line
-    from mlxq.console import show_json
     from mlxq.errors import RecipeError
-    from mlxq.recipe import load_recipe
+    from mlxq.recipe.load import load_recipe
+    from mlxq.show.console import show as show_line
+    from mlxq.show.console import show_json
 
-    facts: dict[str, Any] = {"schema": "mlxq.recipe-check", "schema_version": 1, "recipe": file, "faults": []}
+    facts: dict[str, Any] = {"schema": "mlxq.recipe.load-check", "schema_version": 1, "recipe": file, "faults": []}
     try:
         recipe = load_recipe(file, sets or ())
         if model is not None:
@@ -91,8 +91,8 @@ def check(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors (docs/recipes.md says how)."""
-    from mlxq.console import show_json
-    from mlxq.recipe import json_schema
+    from mlxq.recipe.load import json_schema
+    from mlxq.show.console import show_json
 
     show_json(json_schema())
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxq.console import note, show, stages, warn
+from mlxq.show.console import note, show, stages, warn
 
 if TYPE_CHECKING:
-    from mlxq.budget import Spending
+    from mlxq.budget.spend import Spending
     from mlxq.pipeline import Options
-    from mlxq.plan import Plan
+    from mlxq.planning.plan import Plan
 
 
 def spend_budget(draft: Plan, options: Options, *, measure_curve: bool, quiet: bool) -> tuple[Plan, Spending]:
     """Choose the formats that the recipe's budget leaves open."""
     import time
 
-    from mlxq.budget import Scoring
+    from mlxq.budget.spend import Scoring
     from mlxq.pipeline import allocated_plan
 
     for remark in draft.remarks:
@@ -37,7 +37,7 @@ def spend_budget(draft: Plan, options: Options, *, measure_curve: bool, quiet: b
 
 def show_spending(spending: Spending, *, explain: bool, frontier: bool, plot: Path | None, quiet: bool) -> None:
     """Print what the budget came to, what it was held against, and on request the curve and the reasons."""
-    from mlxq import budget_tables
+    from mlxq.show import budget_tables
 
     for line in budget_tables.spending_lines(spending):
         show(line)
@@ -50,7 +50,7 @@ def show_spending(spending: Spending, *, explain: bool, frontier: bool, plot: Pa
     if frontier:
         show(budget_tables.curve_table(spending.curve, predicted=spending.text is not None))
         if plot is not None:
-            from mlxq.charts import save_figure, size_kl_curve
+            from mlxq.comparison.charts import save_figure, size_kl_curve
 
             save_figure(size_kl_curve(spending.facts()), plot)
             note(f"The curve is drawn in {plot}.", quiet=quiet)

@@ -11,9 +11,9 @@ import typer
 from mlxq.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
-    from mlxq.patience import Waiting
-    from mlxq.publish import Checked, FileChange, Outlook, Published, Step
-    from mlxq.target import Target
+    from mlxq.publish.publish import Checked, FileChange, Outlook, Published, Step
+    from mlxq.recipe.target import Target
+    from mlxq.retry import Waiting
 
 
 def command(
@@ -43,8 +43,8 @@ def command(
 
     Example: mlxq upload ./my-model-4bit org/my-model-4bit --dry-run
     """
-    from mlxq.console import show_json, show_text
-    from mlxq.target import Target
+    from mlxq.recipe.target import Target
+    from mlxq.show.console import show_json, show_text
 
     target = Target(repo, private, revision, create_pr, collection, message)
     if dry_run:
@@ -59,8 +59,8 @@ def command(
 
 def publish_folder(folder: Path, target: Target, *, force: bool, quiet: bool) -> Published:
     """Check ``folder`` and publish it with progress."""
-    from mlxq.console import note
-    from mlxq.publish import publish
+    from mlxq.publish.publish import publish
+    from mlxq.show.console import note
 
     checked = _check(folder, target, force=force, quiet=quiet)
     done = _finish(publish(checked, target, force=force), quiet=quiet)
@@ -71,8 +71,8 @@ def publish_folder(folder: Path, target: Target, *, force: bool, quiet: bool) ->
 
 def publish_made(folder: Path, target: Target, *, quiet: bool) -> None:
     """Publish a model that was just made; where that fails, say how to go on without making it again."""
-    from mlxq.console import note
     from mlxq.errors import MlxqError
+    from mlxq.show.console import note
 
     try:
         done = publish_folder(folder, target, force=False, quiet=quiet)
@@ -83,9 +83,9 @@ def publish_made(folder: Path, target: Target, *, quiet: bool) -> None:
 
 
 def _show_preview(folder: Path, target: Target, *, force: bool, as_json: bool, quiet: bool) -> None:
-    from mlxq import tables
-    from mlxq.console import note, show, show_json, show_text
-    from mlxq.publish import preview
+    from mlxq.publish.publish import preview
+    from mlxq.show import tables
+    from mlxq.show.console import note, show, show_json, show_text
 
     checked = _check(folder, target, force=force, quiet=quiet)
     outlook = _result(preview(checked, target, force=force))
@@ -103,8 +103,8 @@ def _check(folder: Path, target: Target, *, force: bool, quiet: bool) -> Checked
 
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    from mlxq.console import note, warn
-    from mlxq.publish import check_folder, check_target
+    from mlxq.publish.publish import check_folder, check_target
+    from mlxq.show.console import note, warn
 
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
@@ -119,9 +119,9 @@ def _check(folder: Path, target: Target, *, force: bool, quiet: bool) -> Checked
 
 
 def _finish(events: Iterator[Step | Waiting | Published], *, quiet: bool) -> Published:
-    from mlxq.console import note
-    from mlxq.patience import Waiting
-    from mlxq.publish import Published
+    from mlxq.publish.publish import Published
+    from mlxq.retry import Waiting
+    from mlxq.show.console import note
 
     for event in events:
         if isinstance(event, Published):
@@ -143,7 +143,7 @@ def _result(events: Generator[Waiting, None, Outlook]) -> Outlook:
 
 
 def _say_waiting(event: Waiting) -> None:
-    from mlxq.console import warn
+    from mlxq.show.console import warn
 
     warn(f"{event.reason}; trying again in {event.seconds:.0f} s")
 

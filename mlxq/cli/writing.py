@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from mlxq.console import interrupts, note, progress, show, show_json, show_text, warn
+from mlxq.show.console import interrupts, note, progress, show, show_json, show_text, warn
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-    from mlxq.patience import Waiting
     from mlxq.pipeline import Finished, Options
-    from mlxq.plan import Plan
+    from mlxq.planning.plan import Plan
+    from mlxq.retry import Waiting
     from mlxq.sources.download import Downloading
 
 _T = TypeVar("_T")
@@ -46,7 +46,7 @@ def bring_here(model: str, *, quiet: bool) -> None:
 
 def _fetched(events: Generator[Downloading | Waiting, None, _T], name: str, *, quiet: bool) -> _T:
     """Run a download to its end, with progress; returns what it returns."""
-    from mlxq.patience import Waiting
+    from mlxq.retry import Waiting
 
     try:
         with progress(f"Fetching {name}", quiet=quiet) as meter:
@@ -76,14 +76,14 @@ def show_plan(
     trust_remote_code: bool = False,
 ) -> None:
     """Print the plan: as JSON, as the reasons for the modules ``why`` matches, or as the whole table."""
-    from mlxq import tables
-    from mlxq.report import plan_facts
-    from mlxq.room import room_needed
+    from mlxq.show import tables
+    from mlxq.writing.disk_space import room_needed
+    from mlxq.writing.report import plan_facts
 
     room = room_needed(plan, out, low_disk=low_disk, trust_remote_code=trust_remote_code)
     if as_json:
         facts = {"output": str(out), **plan_facts(plan), "disk": tables.room_facts(room)}
-        show_json({"schema": "mlxq.plan", "schema_version": 1, **facts})
+        show_json({"schema": "mlxq.planning.plan", "schema_version": 1, **facts})
     elif why is not None:
         show(tables.why_table(plan, why))
     else:
@@ -106,11 +106,11 @@ def write_model(
     low_disk: bool = False,
 ) -> Finished:
     """Run a plan with progress, then show the result and the line that tries it."""
-    from mlxq.execute import Progress
-    from mlxq.patience import Waiting
     from mlxq.pipeline import Finished, Resumed, check_output, run
+    from mlxq.retry import Waiting
+    from mlxq.show.tables import plan_notes
     from mlxq.sources.download import Downloading
-    from mlxq.tables import plan_notes
+    from mlxq.writing.execute import Progress
 
     began = time.perf_counter()
     check_output(plan, out, force=force)
@@ -153,10 +153,10 @@ def write_model(
 
 
 def _show_result(plan: Plan, finished: Finished, seconds: float, *, generate: bool, as_json: bool, quiet: bool) -> None:
-    from mlxq import tables
+    from mlxq.machine.runtime import free_memory_bytes
     from mlxq.metrics.generation import generate_once
-    from mlxq.report import write_report
-    from mlxq.runtime import free_memory_bytes
+    from mlxq.show import tables
+    from mlxq.writing.report import write_report
 
     answer = None
     if generate and finished.report["metrics"]["size_bytes"] * 1.5 > free_memory_bytes():

@@ -52,7 +52,7 @@ def evaluation_model(model: nn.Module, *, own_dtype: bool = False, resident: boo
         return model
     leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
     if resident is None:
-        from mlxq.runtime import free_memory_bytes
+        from mlxq.machine.runtime import free_memory_bytes
 
         resident = sum(_fp32_bytes(leaf) for _, leaf in leaves) < free_memory_bytes() // 2
     dtype = None if own_dtype else mx.float32

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxq.errors import MlxqError
-from mlxq.patience import Waiting, patiently
+from mlxq.retry import Waiting, patiently
 from mlxq.sources.base import ModelSource
 from mlxq.sources.hub import (
     HubModel,

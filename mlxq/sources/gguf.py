@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError
-from mlxq.match import layer_index
 from mlxq.methods.formats import Format
+from mlxq.recipe.match import layer_index
 from mlxq.sources.gguf_blocks import REPACKABLE, nearest_format, repack
 from mlxq.sources.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
 from mlxq.sources.gguf_names import (

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxq import __version__
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.patience import TRIES, Waiting, chain, is_offline, patiently, response_of, said_by, told
+from mlxq.retry import TRIES, Waiting, chain, is_offline, patiently, response_of, said_by, told
 from mlxq.sources.gguf_header import is_whole_header
 from mlxq.sources.safetensors import MAX_HEADER_BYTES, SafetensorsFolder, open_folder, read_json
 
@@ -466,7 +466,7 @@ def explained(exc: Exception, reference: Reference) -> MlxqError:
         RevisionNotFoundError,
     )
 
-    from mlxq.runtime import logged_in
+    from mlxq.machine.runtime import logged_in
 
     repo = reference.repo
     errors = list(chain(exc))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlxq.errors import BadInputError
-from mlxq.patience import Waiting
+from mlxq.retry import Waiting
 from mlxq.sources.base import ModelSource
 from mlxq.sources.safetensors import open_folder
 

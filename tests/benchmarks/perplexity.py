@@ -31,10 +31,10 @@ print("RESULT", json.dumps([float(ppl), time.perf_counter() - began]))
 OURS = """
 import json, sys, time
 from pathlib import Path
-from mlxq.runtime import load_blas
+from mlxq.machine.runtime import load_blas
 load_blas()
 import numpy as np, mlx.core as mx
-from mlxq.compare import folder_candidate
+from mlxq.comparison.measure import folder_candidate
 from mlxq.metrics.faithfulness import measure_faithfulness
 from mlxq.metrics.forward import build_reference, evaluation_model
 folder, ids = sys.argv[1], np.array(json.load(sys.stdin), dtype=np.int32)

@@ -26,12 +26,12 @@ def main() -> None:
     parser.add_argument("--assignments", type=int, default=24)
     arguments = parser.parse_args()
 
-    from mlxq.runtime import load_blas
+    from mlxq.machine.runtime import load_blas
 
     load_blas()
     import numpy as np
 
-    from mlxq.budget import options_of
+    from mlxq.budget.spend import options_of
     from mlxq.calibration.measured import measured_divergences
     from mlxq.calibration.sensitivity import scores
     from mlxq.calibration.streamed import streamed_model
@@ -40,7 +40,7 @@ def main() -> None:
     from mlxq.methods.encoded import decode
     from mlxq.methods.formats import Format
     from mlxq.pipeline import Options, prepare
-    from mlxq.recipe import budget_recipe
+    from mlxq.recipe.load import budget_recipe
 
     def encoded(path: str, weight: mx.array, fmt: Format, *_: Any) -> mx.array:
         return decode(encode(weight, fmt, "fit"), fmt)

@@ -12,16 +12,16 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlxq.architecture import origins
+from mlxq.architecture.bind import origins
 from mlxq.errors import BadInputError
-from mlxq.execute import Progress, execute
-from mlxq.patience import Waiting
-from mlxq.plan import Plan, Step
+from mlxq.planning.plan import Plan, Step
+from mlxq.retry import Waiting
 from mlxq.sources.base import ModelSource
 from mlxq.sources.download import Downloading, Transfer
 from mlxq.sources.hub import RemoteFile, partly_opened
 from mlxq.sources.safetensors import SafetensorsFolder
-from mlxq.writer import PartialFolder
+from mlxq.writing.execute import Progress, execute
+from mlxq.writing.folder import PartialFolder
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxq.compare import Comparison, ModelResult
+from mlxq.comparison.measure import Comparison, ModelResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

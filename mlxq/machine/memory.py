@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlxq.devices import Device
-from mlxq.match import assign
+from mlxq.machine.devices import Device
 from mlxq.methods.formats import Format, fallback, layout
+from mlxq.recipe.match import assign
 from mlxq.tensors import DTYPE_BY_NAME, FLOAT_DTYPES, TensorSpec
 
 if TYPE_CHECKING:
-    from mlxq.inspection import InspectedModule, Inspection
-    from mlxq.recipe import Recipe
+    from mlxq.architecture.inspection import InspectedModule, Inspection
+    from mlxq.recipe.load import Recipe
 
 # mlx_lm caches grow by this many tokens, and prompts are read in chunks of this many.
 CACHE_STEP = 256

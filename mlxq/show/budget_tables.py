@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from rich.markup import escape
 from rich.table import Table
 
-from mlxq.budget import CurvePoint, Spending, next_bytes
-from mlxq.match import layer_index
+from mlxq.budget.spend import CurvePoint, Spending, next_bytes
 from mlxq.methods.formats import Format
-from mlxq.tables import plain_table, size_text
+from mlxq.recipe.match import layer_index
+from mlxq.show.tables import plain_table, size_text
 
 # What ``--explain`` asks about more room, or a tenth of a model too small for that.
 MORE_BYTES = 100_000_000

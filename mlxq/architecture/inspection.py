@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError
-from mlxq.fit import (
+from mlxq.machine.memory import (
     active_share,
     experts,
     experts_per_token,
@@ -21,8 +21,8 @@ from mlxq.fit import (
     layer_count,
     text_config,
 )
-from mlxq.match import layer_index
 from mlxq.methods.formats import MODES, TERNARY_PER_BYTE, TERNARY_SCALE, Format
+from mlxq.recipe.match import layer_index
 from mlxq.sources.safetensors import read_json
 from mlxq.tensors import DTYPE_BITS, FLOAT_DTYPES, TensorSpec
 

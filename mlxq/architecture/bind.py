@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.match import layer_index
 from mlxq.methods.formats import MODES, Format
+from mlxq.recipe.match import layer_index
 from mlxq.sources.base import ModelSource
 from mlxq.tensors import FLOAT_DTYPES, TensorSpec
 

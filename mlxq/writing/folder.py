@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.plan import Plan, config_text
+from mlxq.planning.plan import Plan, config_text
 
 JOURNAL = "journal.jsonl"
 

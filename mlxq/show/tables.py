@@ -13,24 +13,24 @@ from rich.table import Table
 
 from mlxq.errors import BadInputError
 from mlxq.fold import fold
-from mlxq.match import matches
-from mlxq.plan import KEPT_AS_STORED
+from mlxq.planning.plan import KEPT_AS_STORED
+from mlxq.recipe.match import matches
 from mlxq.tensors import FLOAT_DTYPES
 
 if TYPE_CHECKING:
-    from mlxq.compare import Comparison
-    from mlxq.devices import Device
-    from mlxq.fit import Fit
-    from mlxq.inspection import Encoding, InspectedModule, Inspection
+    from mlxq.architecture.inspection import Encoding, InspectedModule, Inspection
+    from mlxq.comparison.measure import Comparison
+    from mlxq.machine.devices import Device
+    from mlxq.machine.memory import Fit
+    from mlxq.machine.runtime import Environment
     from mlxq.metrics.generation import Generation
     from mlxq.pipeline import Finished
-    from mlxq.plan import Plan
-    from mlxq.publish import Outlook
-    from mlxq.recipe import Recipe
-    from mlxq.room import Room
-    from mlxq.runtime import Environment
-    from mlxq.target import Target
+    from mlxq.planning.plan import Plan
+    from mlxq.publish.publish import Outlook
+    from mlxq.recipe.load import Recipe
+    from mlxq.recipe.target import Target
     from mlxq.tensors import TensorSpec
+    from mlxq.writing.disk_space import Room
 
 
 def size_text(nbytes: float) -> str:
@@ -191,7 +191,7 @@ def recipes_table(recipes: Sequence[Recipe]) -> Table:
 
 def environment_table(found: Environment) -> Table:
     """What this machine is."""
-    from mlxq.runtime import BlasInfo
+    from mlxq.machine.runtime import BlasInfo
 
     table = Table(box=box.SIMPLE, show_header=False, pad_edge=False)
     for field in fields(found):
@@ -343,7 +343,7 @@ def comparison_tables(comparison: Comparison) -> list[Table]:
 
 
 def _comparison_table(comparison: Comparison, columns: Sequence[str], title: str) -> Table:
-    from mlxq.comparison_report import best_names, cell_text
+    from mlxq.comparison.report import best_names, cell_text
     from mlxq.metrics.names import METRICS
 
     shown = [c for c in columns if any(r.metrics().get(c) is not None for r in comparison.results)]

@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxq.architecture import open_lazily
-from mlxq.compare import Candidate, folder_candidate, stored_layer_bits
+from mlxq.architecture.bind import open_lazily
+from mlxq.comparison.measure import Candidate, folder_candidate, stored_layer_bits
 from mlxq.errors import BadInputError
-from mlxq.match import layer_index
 from mlxq.metrics.size import Size
 from mlxq.pipeline import Allocated, Options, allocated_plan, prepare, run
-from mlxq.plan import Plan
-from mlxq.recipe import Recipe, load_recipe, names_recipe, recipe_from_dict
+from mlxq.planning.plan import Plan
+from mlxq.recipe.load import Recipe, load_recipe, names_recipe, recipe_from_dict
+from mlxq.recipe.match import layer_index
 from mlxq.sources.base import ModelSource
 from mlxq.sources.download import fetched_source
 from mlxq.sources.resolve import resolve

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.low_disk import most_held_bytes, stages
-from mlxq.plan import Plan
+from mlxq.planning.plan import Plan
 from mlxq.sources.hub import cached_file
+from mlxq.writing.low_disk import most_held_bytes, stages
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlxq.architecture import Architecture, Module, Parameter, encode_header
+from mlxq.architecture.bind import Architecture, Module, Parameter, encode_header
 from mlxq.errors import BadInputError, RecipeError
-from mlxq.match import Match, assign, matches, names_module
 from mlxq.methods.encode import method_for
 from mlxq.methods.formats import TERNARY_PER_BYTE, Format, fallback, layout
-from mlxq.recipe import Recipe, Rule
+from mlxq.recipe.load import Recipe, Rule
+from mlxq.recipe.match import Match, assign, matches, names_module
 from mlxq.sources.base import ModelSource
 from mlxq.tensors import DTYPE_BY_NAME, FLOAT_DTYPES, TensorSpec
 

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlxq.allocate import Allocation, Option, allocate, frontier
-from mlxq.architecture import Module
+from mlxq.architecture.bind import Module
+from mlxq.budget.allocate import Allocation, Option, allocate, frontier
 from mlxq.calibration.cache import ScoreCache, scores_key
 from mlxq.calibration.measured import Assignment, measured_divergences
 from mlxq.calibration.sensitivity import scores
@@ -17,15 +17,15 @@ from mlxq.calibration.statistics import InputStatistics
 from mlxq.calibration.streamed import StreamedModel, read_parameters, streamed_model
 from mlxq.calibration.text import TextInfo
 from mlxq.calibration.tokens import CalibrationText, calibration_text
-from mlxq.devices import find_device, this_machine
 from mlxq.errors import BadInputError
-from mlxq.fit import kv_cache_bytes, overhead_bytes
+from mlxq.machine.devices import find_device, this_machine
+from mlxq.machine.memory import kv_cache_bytes, overhead_bytes
 from mlxq.methods.encode import Guide, encode
 from mlxq.methods.encoded import decode
 from mlxq.methods.formats import Format, fallback, layout
 from mlxq.metrics.forward import on_row_shares
-from mlxq.plan import BY_BUDGET, Plan
-from mlxq.recipe import Budget
+from mlxq.planning.plan import BY_BUDGET, Plan
+from mlxq.recipe.load import Budget
 from mlxq.tensors import FLOAT_DTYPES, TensorSpec
 
 if TYPE_CHECKING:

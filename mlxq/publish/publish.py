@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mlxq import __version__, card
-from mlxq.architecture import open_lazily
+from mlxq import __version__
+from mlxq.architecture.bind import open_lazily
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.patience import TRIES, Waiting, chain, is_offline, patiently, response_of, said_by
-from mlxq.report import FILE_NAME, hash_files, read_report, report_bytes
-from mlxq.target import Target, target_faults
+from mlxq.publish import card
+from mlxq.recipe.target import Target, target_faults
+from mlxq.retry import TRIES, Waiting, chain, is_offline, patiently, response_of, said_by
+from mlxq.writing.report import FILE_NAME, hash_files, read_report, report_bytes
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -122,7 +123,7 @@ def check_target(target: Target) -> None:
 
 def check_login() -> None:
     """Raise BadInputError where ``huggingface_hub`` has no token to publish with."""
-    from mlxq.runtime import logged_in
+    from mlxq.machine.runtime import logged_in
 
     if not logged_in():
         raise BadInputError(
@@ -288,7 +289,7 @@ def _remote_text(api: HfApi, target: Target, remote: Remote, name: str) -> str |
 
 
 def _plot(report: Mapping[str, Any]) -> bytes | None:
-    from mlxq import charts
+    from mlxq.comparison import charts
 
     measured = report.get("comparison")
     return charts.as_png(charts.one_model(measured)) if measured and "kl_histogram" in measured else None

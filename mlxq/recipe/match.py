@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from mlxq.errors import BadInputError
 
 if TYPE_CHECKING:
-    from mlxq.recipe import Rule
+    from mlxq.recipe.load import Rule
 
 _WILDCARDS = frozenset("*?[")
 # Long enough for any real slice, short enough that no product of integers in it becomes large.

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlxq import __version__
-from mlxq.compare import Comparison, ModelResult, verdict
-from mlxq.gates import GateResult
+from mlxq.comparison.measure import Comparison, ModelResult, verdict
 from mlxq.metrics.names import METRICS, value_text
+from mlxq.recipe.gates import GateResult
 
 SCHEMA = "mlxq.comparison"
 SCHEMA_VERSION = 1
@@ -175,10 +175,10 @@ def comparison_html(comparison: Comparison, gates: Sequence[GateResult] = ()) ->
     """The whole comparison as one HTML page with its drawings inside; it asks nothing of any network."""
     import jinja2
 
-    from mlxq import charts
+    from mlxq.comparison import charts
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mlxq"),
+        loader=jinja2.PackageLoader("mlxq.comparison"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

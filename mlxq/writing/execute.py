@@ -17,15 +17,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mlxq.architecture import open_lazily
+from mlxq.architecture.bind import open_lazily
 from mlxq.arrays import as_bytes, as_matrix, to_mlx
 from mlxq.calibration.guided import guided_weights
 from mlxq.errors import MlxqError
 from mlxq.methods.encode import Guide, encode
 from mlxq.methods.gptq import Feedback
-from mlxq.plan import Plan, Step
+from mlxq.planning.plan import Plan, Step
 from mlxq.tensors import DTYPE_BITS, FLOAT_DTYPES, TensorSpec
-from mlxq.writer import PartialFolder
+from mlxq.writing.folder import PartialFolder
 
 if TYPE_CHECKING:
     import mlx.core as mx

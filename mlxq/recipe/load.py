@@ -15,10 +15,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mlxq.errors import RecipeError
-from mlxq.gates import gate_fault
-from mlxq.match import pattern_fault, slice_fault
 from mlxq.methods.formats import METHODS, MODES, Format, fault_of
-from mlxq.recipe_schema import (
+from mlxq.recipe.gates import gate_fault
+from mlxq.recipe.match import pattern_fault, slice_fault
+from mlxq.recipe.schema import (
     BudgetModel,
     CalibrationModel,
     FitsModel,
@@ -27,8 +27,8 @@ from mlxq.recipe_schema import (
     RuleModel,
     UploadModel,
 )
-from mlxq.recipe_yaml import Document, KeyPath, heading, parse_value, read_document
-from mlxq.target import Target, target_faults
+from mlxq.recipe.target import Target, target_faults
+from mlxq.recipe.yaml import Document, KeyPath, heading, parse_value, read_document
 from mlxq.tensors import DTYPE_BY_NAME, parse_size
 
 
@@ -294,7 +294,7 @@ def _origins_of(data: Mapping[str, Any], label: str) -> dict[KeyPath, _Origin]:
 
 def _shipped_folder() -> Path:
     """In the package where it is installed, beside it in a source checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     installed = package / "recipes"
     return installed if installed.is_dir() else package.parent / "recipes"
 

@@ -18,11 +18,11 @@ from mlxq.calibration.text import (
     tokenize,
 )
 from mlxq.errors import BadInputError
-from mlxq.match import layer_index
 from mlxq.metrics.faithfulness import Faithfulness, measure_faithfulness
 from mlxq.metrics.forward import Reference, batch_size, build_reference, evaluation_model, on_cpu
 from mlxq.metrics.size import Size, measure_size
 from mlxq.metrics.speed import Speed, SpeedSettings, measure_speed
+from mlxq.recipe.match import layer_index
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -142,7 +142,7 @@ def folder_candidate(name: str, folder: Path) -> Candidate:
 
     Raises BadInputError where the folder is not a causal language model.
     """
-    from mlxq.architecture import open_lazily
+    from mlxq.architecture.bind import open_lazily
 
     def load_tokenizer() -> Any:
         from mlx_lm.utils import load_tokenizer as load
@@ -344,7 +344,7 @@ def _vocabulary(model: nn.Module) -> int:
 def _batches(text: TokenizedText, vocabulary: int) -> list[tuple[mx.array, mx.array]]:
     import mlx.core as mx
 
-    from mlxq.runtime import free_memory_bytes
+    from mlxq.machine.runtime import free_memory_bytes
 
     size = batch_size(text.info.sequence_tokens, vocabulary, free_memory_bytes())
     rows = [mx.array(text.ids[i : i + size]) for i in range(0, len(text.ids), size)]

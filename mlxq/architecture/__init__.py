@@ -1,0 +1,1 @@
+"""From checkpoint names to MLX modules."""

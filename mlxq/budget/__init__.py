@@ -1,0 +1,1 @@
+"""A budget spent, and checked."""

@@ -1,0 +1,1 @@
+"""Models measured beside a reference, and the report of it."""

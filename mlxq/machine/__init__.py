@@ -1,0 +1,1 @@
+"""What machines are, and what fits on them."""

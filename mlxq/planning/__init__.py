@@ -1,0 +1,1 @@
+"""Every decision and every byte, before a weight is read."""

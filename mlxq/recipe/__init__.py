@@ -1,0 +1,1 @@
+"""Recipes: what a person asks for, read and checked."""
