@@ -571,7 +571,7 @@ def test_a_recipe_publishes_once_its_gates_passed(hub: Hub, tmp_path: Path, mlxq
     recipe, out = write_recipe(tmp_path, "kl_mean<5"), tmp_path / "out"
     done = mlxq("quantize", str(recipe), "-o", str(out), "--no-generate", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["schema"] == "mlxq.writing.report"
+    assert json.loads(done.stdout)["schema"] == "mlxq.report"
     assert remote(hub, f"{USER}/made") == local(out)
     assert hub.repos[f"{USER}/made"].private
     assert "kl_mean" in (out / "mlxq.json").read_text()

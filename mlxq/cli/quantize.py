@@ -140,7 +140,7 @@ def command(
         if as_json:
             from mlxq.show.console import show_json
 
-            show_json({"schema": "mlxq.budget.spend", "schema_version": 1, **(plan.spending or {})})
+            show_json({"schema": "mlxq.budget", "schema_version": 1, **(plan.spending or {})})
         return
     if dry_run or why is not None:
         show_plan(

@@ -62,7 +62,7 @@ def check(
     from mlxq.show.console import show as show_line
     from mlxq.show.console import show_json
 
-    facts: dict[str, Any] = {"schema": "mlxq.recipe.load-check", "schema_version": 1, "recipe": file, "faults": []}
+    facts: dict[str, Any] = {"schema": "mlxq.recipe-check", "schema_version": 1, "recipe": file, "faults": []}
     try:
         recipe = load_recipe(file, sets or ())
         if model is not None:

@@ -83,7 +83,7 @@ def show_plan(
     room = room_needed(plan, out, low_disk=low_disk, trust_remote_code=trust_remote_code)
     if as_json:
         facts = {"output": str(out), **plan_facts(plan), "disk": tables.room_facts(room)}
-        show_json({"schema": "mlxq.planning.plan", "schema_version": 1, **facts})
+        show_json({"schema": "mlxq.plan", "schema_version": 1, **facts})
     elif why is not None:
         show(tables.why_table(plan, why))
     else:
