@@ -39,9 +39,10 @@ def command(
     Example: mlxq inspect ./my-model --device mac-m4 --context 8192
     """
     from mlxq.errors import BadInputError
-    from mlxq.show.console import note, show, show_json
+    from mlxq.show.console import console
     from mlxq.sources.resolve import resolve
 
+    console.use(quiet=quiet, as_json=as_json)
     if recipe is None and why != "*":
         raise BadInputError("--why explains what a recipe decides", "Add --recipe.")
     if recipe is not None:
@@ -65,7 +66,7 @@ def command(
 
         options = Options(requantize=True, trust_remote_code=trust_remote_code)
         plan = prepare(loaded, model, options, on_wait=say_waiting)
-        show_plan(plan, out=default_output(loaded, model), why=why, as_json=as_json, quiet=quiet)
+        show_plan(plan, out=default_output(loaded, model), why=why)
         return
     from mlxq.architecture.inspection import encode_text, inspect_model
     from mlxq.cli.writing import say_waiting
@@ -84,16 +85,13 @@ def command(
         guess = estimate(found, shipped)
         reckoned = fit(guess.weight_bytes, found.config, context, machine, read_bytes=guess.read_bytes)
         fits.append((shipped.name, reckoned))
-    if as_json:
-        show_json(tables.inspection_facts(found, modules, machine, fits, encoding))
+    if console.as_json:
+        console.json(tables.inspection_facts(found, modules, machine, fits, encoding))
         return
-    show(tables.inspection_table(found))
-    show(tables.module_table(modules, folded=not layers))
+    console.show(tables.inspection_table(found))
+    console.show(tables.module_table(modules, folded=not layers))
     if encoding is not None:
-        show(tables.encoding_table(encoding))
-    show(tables.fit_heading(machine, context))
-    show(tables.fit_table(fits, machine))
-    note(
-        f"Sizes are estimates from the headers. To the byte: mlxq quantize RECIPE --model {model} --dry-run",
-        quiet=quiet,
-    )
+        console.show(tables.encoding_table(encoding))
+    console.show(tables.fit_heading(machine, context))
+    console.show(tables.fit_table(fits, machine))
+    console.note(f"Sizes are estimates from the headers. To the byte: mlxq quantize RECIPE --model {model} --dry-run")
