@@ -18,7 +18,8 @@ from mlxq.methods.formats import Format
 from mlxq.metrics.size import measure_size
 from mlxq.planning.plan import BY_BUDGET, Plan, make_plan
 from mlxq.publish.card import source_metadata, write_card
-from mlxq.recipe.load import Calibration, Recipe, load_recipe, recipe_from_dict
+from mlxq.recipe.load import load_recipe, recipe_from_dict
+from mlxq.recipe.model import Calibration, Recipe
 from mlxq.retry import Waiting
 from mlxq.sources.download import Downloading, fetch, fetch_companions
 from mlxq.sources.resolve import resolve

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlxq.errors import BadInputError
 from mlxq.methods.formats import Format
-from mlxq.recipe.load import Rule, load_recipe
+from mlxq.recipe.load import load_recipe
 from mlxq.recipe.match import (
     assign,
     layer_index,
@@ -20,6 +20,7 @@ from mlxq.recipe.match import (
     pattern_fault,
     slice_fault,
 )
+from mlxq.recipe.model import Rule
 
 COMPONENTS = st.sampled_from(["model", "layers", "0", "7", "12", "mlp", "down_proj", "v_proj", "lm_head", "gate"])
 PATHS = st.lists(COMPONENTS, min_size=1, max_size=6).map(".".join)

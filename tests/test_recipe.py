@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from mlxq.errors import RecipeError
 from mlxq.methods.formats import MODES, Format
-from mlxq.recipe.load import json_schema, load_recipe, recipe_from_dict, shipped_recipes
+from mlxq.recipe.load import load_recipe, recipe_from_dict, shipped_recipes
+from mlxq.recipe.schema import json_schema
 from mlxq.recipe.yaml import heading, parse_document
 
 SHIPPED = ["4bit", "8bit", "lm-head-6", "mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6", "moe"]
@@ -171,7 +172,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: &a [*a]", "r.yaml:1: an alias is inside itself or nests too deep"),
         ("[" * 100_000, "r.yaml:1: values are nested more than 20 deep"),
         ("a: &a 1\nb: [" + "*a, " * 101 + "]", "r.yaml:2: there are more than 100 aliases"),
-        ("model: 2020-13-45\n", "r.yaml:1: month must be in 1..12"),
+        ("model: 2020-13-45\n", "r.yaml:1: model: 2020-13-45 is a date to YAML; quote it to make it text"),
         ("[1]: 2\n", "r.yaml:1: a list can't be a key"),
         (
             "model: a\ndefault: {<<: 3, bits: 4}\n",

@@ -25,7 +25,7 @@ from mlxq.methods.encoded import decode
 from mlxq.methods.formats import Format, fallback, layout
 from mlxq.metrics.forward import on_row_shares
 from mlxq.planning.plan import BY_BUDGET, Plan
-from mlxq.recipe.load import Budget
+from mlxq.recipe.model import Budget
 from mlxq.tensors import FLOAT_DTYPES, TensorSpec
 
 if TYPE_CHECKING:

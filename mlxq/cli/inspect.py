@@ -39,10 +39,14 @@ def command(
     Example: mlxq inspect ./my-model --device mac-m4 --context 8192
     """
     from mlxq.errors import BadInputError
+    from mlxq.recipe.match import check_pattern
     from mlxq.show.console import console
     from mlxq.sources.resolve import resolve
 
     console.use(quiet=quiet, as_json=as_json)
+    check_pattern(why, "--why")
+    if match is not None:
+        check_pattern(match, "--match")
     if recipe is None and why != "*":
         raise BadInputError("--why explains what a recipe decides", "Add --recipe.")
     if recipe is not None:

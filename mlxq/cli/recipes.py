@@ -93,7 +93,7 @@ def check(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors (docs/recipes.md says how)."""
-    from mlxq.recipe.load import json_schema
+    from mlxq.recipe.schema import json_schema
     from mlxq.show.console import console
 
     console.json(json_schema())

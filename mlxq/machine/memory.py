@@ -14,7 +14,7 @@ from mlxq.tensors import DTYPE_BY_NAME, FLOAT_DTYPES, TensorSpec
 
 if TYPE_CHECKING:
     from mlxq.architecture.inspection import InspectedModule, Inspection
-    from mlxq.recipe.load import Recipe
+    from mlxq.recipe.model import Recipe
 
 # mlx_lm caches grow by this many tokens, and prompts are read in chunks of this many.
 CACHE_STEP = 256

@@ -15,8 +15,8 @@ from mlxq.architecture.bind import Architecture, Module, Parameter, encode_heade
 from mlxq.errors import BadInputError, RecipeError
 from mlxq.methods.encode import method_for
 from mlxq.methods.formats import TERNARY_PER_BYTE, Format, fallback, layout
-from mlxq.recipe.load import Recipe, Rule
 from mlxq.recipe.match import Match, assign, matches, names_module
+from mlxq.recipe.model import Recipe, Rule
 from mlxq.sources.base import ModelSource
 from mlxq.tensors import DTYPE_BY_NAME, FLOAT_DTYPES, TensorSpec
 

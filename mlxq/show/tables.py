@@ -14,7 +14,7 @@ from rich.table import Table
 from mlxq.errors import BadInputError
 from mlxq.fold import fold
 from mlxq.planning.plan import KEPT_AS_STORED
-from mlxq.recipe.match import matches
+from mlxq.recipe.match import matching
 from mlxq.tensors import FLOAT_DTYPES
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlxq.pipeline import Finished
     from mlxq.planning.plan import Plan
     from mlxq.publish.publish import Outlook
-    from mlxq.recipe.load import Recipe
+    from mlxq.recipe.model import Recipe
     from mlxq.recipe.target import Target
     from mlxq.tensors import TensorSpec
     from mlxq.writing.disk_space import Room
@@ -137,7 +137,8 @@ def plan_notes(plan: Plan) -> list[str]:
 
 def why_table(plan: Plan, pattern: str) -> Table:
     """For each module ``pattern`` matches: what decided, what else matched, and what the model asked for."""
-    chosen = [d for d in plan.decisions if matches(pattern, d.path)]
+    meant = matching(pattern, [d.path for d in plan.decisions], "--why")
+    chosen = [d for d in plan.decisions if d.path in meant]
     if not chosen and pattern == "lm_head":
         chosen = [d for d in plan.decisions if d.path == plan.architecture.tied_head]
     if not chosen:
@@ -215,7 +216,8 @@ def chosen_modules(found: Inspection, pattern: str | None) -> tuple[InspectedMod
     """The modules ``pattern`` matches, or all. Raises BadInputError where it matches none."""
     if pattern is None:
         return found.modules
-    chosen = tuple(m for m in found.modules if matches(pattern, m.path))
+    meant = matching(pattern, [m.path for m in found.modules], "--match")
+    chosen = tuple(m for m in found.modules if m.path in meant)
     if not chosen:
         raise BadInputError(
             f"--match {pattern}: no module of {found.name} matches", "Leave --match out to see them all."
