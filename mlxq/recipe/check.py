@@ -8,11 +8,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from mlxq.methods.formats import METHODS, MODES, Format, fault_of
-from mlxq.recipe.draft import Draft
+from mlxq.recipe.draft import Draft, kind_of
 from mlxq.recipe.gates import gate_fault
 from mlxq.recipe.match import pattern_fault, slice_fault
 from mlxq.recipe.model import DEFAULT_OPTIONS, Budget, Calibration, Recipe, Rule
-from mlxq.recipe.schema import BudgetModel, FitsModel, UploadModel, schema_faults
+from mlxq.recipe.schema import MOST_GATES, BudgetModel, FitsModel, UploadModel, schema_faults
 from mlxq.recipe.target import Target, target_faults
 from mlxq.recipe.yaml import KeyPath
 from mlxq.tensors import DTYPE_BY_NAME, parse_size
@@ -30,7 +30,7 @@ def build(draft: Draft, name: str) -> Recipe:
             draft.add_fault(found.path, found.message)
     data = draft.data
     if isinstance(data.get("dtype"), str) and data["dtype"] not in DTYPE_BY_NAME:
-        message = f"unknown dtype {data['dtype']!r}; known are {', '.join(DTYPE_BY_NAME)}"
+        message = f"unknown dtype {kind_of(data['dtype'])}; known are {', '.join(DTYPE_BY_NAME)}"
         draft.add_fault(("dtype",), message, data["dtype"], DTYPE_BY_NAME)
     default = _format(draft, ("default",), data["default"], None) if isinstance(data.get("default"), dict) else None
     rules = [_rule(draft, i, raw, default) for i, raw in enumerate(_items(data.get("rules"))) if isinstance(raw, dict)]
@@ -39,7 +39,7 @@ def build(draft: Draft, name: str) -> Recipe:
     options = _options(draft)
     calibration = _calibration(draft, method)
     gates = tuple(text for text in _items(data.get("gates")) if isinstance(text, str))
-    for index, text in enumerate(gates):
+    for index, text in enumerate(gates[:MOST_GATES]):
         if fault := gate_fault(text):
             draft.add_fault(("gates", index), fault)
     upload = _upload(draft)
@@ -82,7 +82,7 @@ def _budget(draft: Draft) -> Budget | None:
     if isinstance(raw.get("size"), str):
         size_bytes = parse_size(raw["size"])
         if size_bytes is None:
-            message = f"cannot read the size {raw['size'][:40]!r}; write it as 2.2GB, 900MB or 2GiB"
+            message = f"cannot read the size {kind_of(raw['size'])}; write it as 2.2GB, 900MB or 2GiB"
             draft.add_fault(("budget", "size"), message)
         elif size_bytes == 0:
             draft.add_fault(("budget", "size"), "no weights fit in 0 bytes")
@@ -99,7 +99,7 @@ def _budget(draft: Draft) -> Budget | None:
 def _method(draft: Draft) -> str:
     method = draft.data.get("method")
     if isinstance(method, str) and method not in METHODS:
-        message = f"unknown method {method!r}; known are {', '.join(METHODS)}"
+        message = f"unknown method {kind_of(method)}; known are {', '.join(METHODS)}"
         draft.add_fault(("method",), message, method, METHODS)
     if isinstance(method, str):
         return method
@@ -187,7 +187,7 @@ def _format(draft: Draft, at: KeyPath, raw: Mapping[str, Any], base: Format | No
     if not isinstance(mode, str):
         return None
     if mode not in MODES:
-        draft.add_fault((*at, "mode"), f"unknown mode {mode!r}; MLX has {', '.join(MODES)}", mode, MODES)
+        draft.add_fault((*at, "mode"), f"unknown mode {kind_of(mode)}; MLX has {', '.join(MODES)}", mode, MODES)
         return None
     same = base if base and base.mode == mode else Format(MODES[mode][0][0], MODES[mode][1][0], mode)
     bits, group_size = raw.get("bits", same.bits), raw.get("group_size", same.group_size)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from mlxq.errors import RecipeError
 from mlxq.recipe.yaml import DEEPEST, MOST_VALUES, KeyPath, text_fault
@@ -18,16 +18,16 @@ _LONGEST_LINE = 1000
 _LARGEST_NUMBER = 128  # bits
 
 
-@dataclass(frozen=True)
-class Origin:
-    """Where a value was written: a file and line, or an option; ``path`` is the path to it there.
+class Origin(NamedTuple):
+    """Where a value was written: a file and line, or an option; ``at`` is the path to it there.
 
-    ``rank`` orders faults; ``says_all``: the label alone names the value, as ``--size 2GB`` does.
+    ``rank`` orders faults; ``says_all``: the label alone names the value, as ``--size 2GB`` does. A tuple, because
+    there is one for every value.
     """
 
     label: str
     line: int | None = None
-    path: str = ""
+    at: KeyPath = ()
     rank: int = 0
     says_all: bool = False
 
@@ -36,29 +36,36 @@ class Origin:
         """``recipe.yaml:4``, or ``--set rules.0.bits=9``."""
         return self.label if self.line is None else f"{self.label}:{self.line}"
 
+    @property
+    def path(self) -> str:
+        """``rules[1].match``."""
+        parts = (f"[{part}]" if isinstance(part, int) else f".{shortened(part, _LONGEST_SHOWN)}" for part in self.at)
+        return "".join(parts).removeprefix(".")
+
 
 def option_origin(text: str, *, says_all: bool = False) -> Origin:
     """Of a value that an option gave, as it stands on the command line."""
     return Origin(shortened(text, _LONGEST_SHOWN), rank=_AFTER_ALL_FILES, says_all=says_all)
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(NamedTuple):
     """One thing wrong. ``word`` is what was written where one of ``known`` was meant: the closest is suggested, or
-    ``otherwise`` said. Looked for only when shown: a file may hold a hundred thousand.
+    with ``lists`` all of them. Looked for only when shown: a file may hold a hundred thousand.
     """
 
     origin: Origin
     message: str
     word: str | None = None
     known: tuple[str, ...] = ()
-    otherwise: str = ""
+    lists: bool = False
 
     def __str__(self) -> str:
         if not self.origin.label:
             return self.message
         path = f"{self.origin.path}: " if self.origin.path and not self.origin.says_all else ""
-        hint = "" if self.word is None else suggestion(self.word, self.known) or self.otherwise
+        hint = "" if self.word is None else suggestion(self.word, self.known)
+        if self.lists and not hint:
+            hint = f"; known are {', '.join(self.known)}"
         return shortened(f"{self.origin.place}: {path}{self.message}{hint}", _LONGEST_LINE)
 
 
@@ -81,10 +88,9 @@ class Draft:
         """Something is wrong with the value at ``path``; ``word`` and ``known`` as a fault has them."""
         self.faults.append(Fault(self.origin(path), message, word, tuple(known)))
 
-    def add_unknown_key(self, path: KeyPath, known: Sequence[str]) -> None:
+    def add_unknown_key(self, path: KeyPath, known: tuple[str, ...]) -> None:
         """Nobody reads the key at ``path``; ``known`` are those that may stand there."""
-        otherwise = f"; known are {', '.join(known)}"
-        self.faults.append(Fault(self.origin(path), "unknown key", str(path[-1]), tuple(known), otherwise))
+        self.faults.append(Fault(self.origin(path), "unknown key", str(path[-1]), known, lists=True))
 
     def put(self, keys: Sequence[str], value: Any, origin: Origin) -> None:
         """Put ``value``, which ``origin`` gave, at ``keys``. What can't be put is a fault and changes nothing."""
@@ -96,7 +102,7 @@ class Draft:
         self.data = data
         self.origins = {at: o for at, o in self.origins.items() if at[: len(path)] != path}
         for end in range(1, len(path) + 1):  # a mapping on the way may be new too
-            self.origins.setdefault(path[:end], replace(origin, path=shown_path(path[:end])))
+            self.origins.setdefault(path[:end], origin._replace(at=path[:end]))
         if path == ("rules",) and isinstance(value, list):
             self.own_rules = len(value)
 
@@ -130,7 +136,7 @@ def draft_of(data: Mapping[str, Any], label: str) -> Draft:
     seen = 0
     while waiting:
         path, value = waiting.pop()
-        draft.origins[path] = Origin(label, path=shown_path(path))
+        draft.origins[path] = Origin(label, at=path)
         children: list[tuple[KeyPath, object]] = []
         if isinstance(value, Mapping):
             children = [((*path, str(key)), child) for key, child in value.items()]
@@ -139,7 +145,7 @@ def draft_of(data: Mapping[str, Any], label: str) -> Draft:
         elif isinstance(value, str) and (fault := text_fault(value)):
             draft.add_fault(path, fault)
         elif isinstance(value, int) and value.bit_length() > _LARGEST_NUMBER:
-            draft.faults = [Fault(draft.origins[path], "a number of so many digits is none that a recipe holds")]
+            draft.faults = [Fault(draft.origins[path], "has more digits than a recipe needs")]
             raise draft.refusal()
         seen += len(children)
         if seen > MOST_VALUES:
@@ -150,12 +156,6 @@ def draft_of(data: Mapping[str, Any], label: str) -> Draft:
             raise draft.refusal()
         waiting += reversed(children)
     return draft
-
-
-def shown_path(path: KeyPath) -> str:
-    """``rules[1].match``."""
-    parts = (f"[{part}]" if isinstance(part, int) else f".{shortened(part, _LONGEST_SHOWN)}" for part in path)
-    return "".join(parts).removeprefix(".")
 
 
 def shortened(text: str, width: int) -> str:
@@ -189,7 +189,7 @@ def _put(data: dict[str, Any], keys: Sequence[str], value: Any) -> tuple[KeyPath
         if isinstance(here, list):
             if not key.isdecimal() or len(key) > 9 or int(key) >= len(here):
                 count = f"{len(here)} (0 to {len(here) - 1})" if here else "none"
-                return path, f"{shown_path(path)} has no item {key!r}; there are {count}"
+                return path, f"{Origin('', at=path).path} has no item {key!r}; there are {count}"
             path = (*path, int(key))
             if last:
                 here[int(key)] = value
@@ -204,5 +204,5 @@ def _put(data: dict[str, Any], keys: Sequence[str], value: Any) -> tuple[KeyPath
                 here[key] = {}
             here = here[key]
         else:
-            return path, f"{shown_path(path)} is {kind_of(here)}; it has no {key!r}"
+            return path, f"{Origin('', at=path).path} is {kind_of(here)}; it has no {key!r}"
     return path, None

@@ -13,7 +13,7 @@ import yaml
 
 from mlxq.errors import RecipeError
 from mlxq.recipe.check import build
-from mlxq.recipe.draft import Draft, Fault, Origin, draft_of, option_origin, shown_path, suggestion
+from mlxq.recipe.draft import Draft, Fault, Origin, draft_of, option_origin, suggestion
 from mlxq.recipe.model import Recipe
 from mlxq.recipe.yaml import DEEPEST, Document, heading, parse_value, read_document
 
@@ -45,7 +45,7 @@ def recipe_from_dict(data: Mapping[str, Any], name: str) -> Recipe:
     """
     draft = draft_of({key: value for key, value in data.items() if key != "extends"}, name)
     if "extends" in data:
-        draft.faults.append(Fault(Origin(name, path="extends"), "a resolved recipe extends nothing"))
+        draft.faults.append(Fault(Origin(name, at=("extends",)), "a resolved recipe extends nothing"))
     recipe = build(draft, name)
     return replace(recipe, text=yaml.safe_dump(draft.data, sort_keys=False))
 
@@ -136,9 +136,9 @@ def _extended(document: Document, path: Path, label: str) -> Draft:
 
 def _own_draft(document: Document, label: str, rank: int) -> Draft:
     """What the document itself says."""
-    origins = {at: Origin(label, line, shown_path(at), rank) for at, line in document.lines.items()}
+    origins = {at: Origin(label, line, at, rank) for at, line in document.lines.items()}
     origins[()] = Origin(label, rank=rank)
-    faults = [Fault(Origin(label, f.line, shown_path(f.path), rank), f.message) for f in document.faults]
+    faults = [Fault(Origin(label, f.line, f.path, rank), f.message) for f in document.faults]
     rules = document.data.get("rules")
     return Draft(dict(document.data), origins, len(rules) if isinstance(rules, list) else 0, faults)
 
@@ -157,7 +157,9 @@ def _override(draft: Draft, sets: Sequence[str], budget: Mapping[str, Any] | Non
     for text in sets:
         _set(draft, text)
     if budget is not None:
-        option = " ".join(f"--{key} {value}" for key, value in budget.items())
+        option = " ".join(
+            f"--{key} {value:g}" if isinstance(value, float) else f"--{key} {value}" for key, value in budget.items()
+        )
         draft.put(["budget"], dict(budget), option_origin(option, says_all=True))
 
 

@@ -33,6 +33,8 @@ def _one_or_more(*types: str) -> dict[str, Any]:
 _MOST_BITS = 32  # of a weight that is not quantized at all
 _MOST_TOKENS = 1_000_000_000
 
+MOST_GATES = 100
+
 _ALL_BITS = sorted({bits for all_bits, _ in MODES.values() for bits in all_bits})
 _ALL_GROUPS = sorted({group for _, groups in MODES.values() for group in groups})
 
@@ -216,6 +218,7 @@ class RecipeModel(_Model):
     strict: bool = Field(default=False, description="Fail where no group size divides a width, rather than fall back.")
     gates: list[str] = Field(
         default=[],
+        max_length=MOST_GATES,
         description="What the result must measure against the original, such as kl_mean<0.05; else exit code 3.",
     )
     upload: UploadModel = Field(
@@ -282,6 +285,8 @@ def fault_message(kind: str, value: object, bounds: Mapping[str, Any]) -> str:
         return "has no value; delete the key or give it one"
     if kind == "too_short":
         return f"needs at least {bounds['min_length']}, not {bounds['actual_length']}"
+    if kind == "too_long":
+        return f"may hold {bounds['max_length']:,}, not {bounds['actual_length']:,}"
     if kind in _BOUNDS:
         return f"must be {_BOUNDS[kind](bounds)}, not {kind_of(value)}"
     if kind in _MUST_BE:
@@ -289,15 +294,21 @@ def fault_message(kind: str, value: object, bounds: Mapping[str, Any]) -> str:
     return f"can't be {kind_of(value)}; docs/recipes.md says what goes here"
 
 
+_KEYS: dict[KeyPath, tuple[str, ...]] = {
+    (): tuple(RecipeModel.model_fields),
+    ("default",): tuple(FormatModel.model_fields),
+    ("budget",): tuple(BudgetModel.model_fields),
+    ("budget", "fits"): tuple(FitsModel.model_fields),
+    ("calibration",): tuple(CalibrationModel.model_fields),
+    ("upload",): tuple(UploadModel.model_fields),
+}
+_KEYS_OF_ITEMS: dict[str | int, tuple[str, ...]] = {
+    "rules": tuple(RuleModel.model_fields),
+    "options": tuple(FormatModel.model_fields),
+}
+
+
 def _known_keys(path: KeyPath) -> tuple[str, ...]:
     """The keys that may stand beside the one at ``path``."""
-    models: dict[KeyPath, type[BaseModel]] = {
-        (): RecipeModel,
-        ("default",): FormatModel,
-        ("budget",): BudgetModel,
-        ("budget", "fits"): FitsModel,
-        ("calibration",): CalibrationModel,
-        ("upload",): UploadModel,
-    }
-    inside = FormatModel if path[:1] == ("options",) else RuleModel
-    return tuple(models.get(path[:-1], inside).model_fields)
+    around = path[:-1]
+    return _KEYS.get(around) or _KEYS_OF_ITEMS[around[0]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,11 +57,11 @@ def read_document(path: Path) -> Document:
         # Opening a pipe waits for whoever writes to it, and a device may never end.
         if not stat.S_ISREG(status.st_mode):
             return _unreadable("", None, "is a device or a pipe; a recipe is a YAML file")
-        with path.open("rb") as file:
-            content = file.read(LARGEST_FILE + 1) if status.st_size <= LARGEST_FILE else b""
-        if max(status.st_size, len(content)) > LARGEST_FILE:
+        if status.st_size > LARGEST_FILE:
             return _unreadable("", None, f"is larger than {LARGEST_FILE // 1_000_000} MB; that is no recipe")
-        text = content.decode("utf-8-sig")
+        with path.open("rb") as file:
+            # No more than it said it holds: some files of the system never end, and say 0.
+            text = file.read(status.st_size).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         return _unreadable("", None, f"is not UTF-8 text (byte {error.start} is {error.object[error.start]:#04x})")
     except (OSError, ValueError) as error:
@@ -176,6 +176,7 @@ def _explain(error: yaml.MarkedYAMLError, text: str, mark: Any) -> str:
 
 
 def _tree(text: str) -> _Node | None:
+    """The document's node, None for an empty one. Raises yaml.MarkedYAMLError or _Refusal."""
     root: _Node | None = None
     open_nodes: list[tuple[_Node, str | None]] = []  # what is being filled, and its anchor
     anchors: dict[str, _Node] = {}
@@ -188,7 +189,7 @@ def _tree(text: str) -> _Node | None:
         if isinstance(event, yaml.CollectionEndEvent):
             node, anchor = open_nodes.pop()
         elif isinstance(event, yaml.NodeEvent):
-            node, anchor = _node(event, line, anchors, {name for _, name in open_nodes}), event.anchor
+            node, anchor = _node(event, line, anchors, open_nodes), event.anchor
         else:
             continue
         nodes += 1
@@ -212,16 +213,19 @@ def _tree(text: str) -> _Node | None:
     return None if root is not None and root.content == "" and root.plain else root
 
 
-def _node(event: yaml.NodeEvent, line: int, anchors: dict[str, _Node], unfinished: set[str | None]) -> _Node:
+def _node(
+    event: yaml.NodeEvent, line: int, anchors: Mapping[str, _Node], open_nodes: Sequence[tuple[_Node, str | None]]
+) -> _Node:
+    """The node that an event begins, or that an alias stands for."""
     if isinstance(event, yaml.AliasEvent):
-        if event.anchor in unfinished:
+        if any(event.anchor == anchor for _, anchor in open_nodes):
             raise _Refusal(line, "an alias is inside itself or nests too deep")
         if event.anchor not in anchors:
             raise _Refusal(line, f"no value is marked &{event.anchor}, as this alias asks for")
-        return anchors[event.anchor]
+        return anchors[str(event.anchor)]
     tag = getattr(event, "tag", None)
     if tag is not None:
-        raise _Refusal(line, f"the tag {tag.replace(_TAG, '!!')} is not part of recipes; write the value without it")
+        raise _Refusal(line, f"has the tag {tag.replace(_TAG, '!!')}; write the value without it")
     if isinstance(event, yaml.ScalarEvent):
         return _Node("single value", line, event.value, plain=event.implicit[0])
     return _Node("mapping" if isinstance(event, yaml.MappingStartEvent) else "list", line, [])
@@ -274,11 +278,11 @@ class _Walk:
         fault = text_fault(text)
         if tag in _NUMBERS and ":" not in text:  # 4:8 is a base-60 number to YAML 1.1; in a recipe it is a slice
             if len(text) > _LONGEST_NUMBER:
-                raise _Refusal(node.line, f"a number of {len(text):,} characters is none that a recipe holds")
+                raise _Refusal(node.line, f"has a number of {len(text):,} characters; no recipe needs one")
             try:
                 return self._scalars.construct_object(yaml.ScalarNode(tag, text))
             except ValueError:
-                raise _Refusal(node.line, f"cannot read the number {text}") from None  # 0x_
+                raise _Refusal(node.line, f"has {text} where a number was begun") from None  # 0x_
         elif tag == f"{_TAG}timestamp" and ":" not in text:
             fault = f"{text} is a date to YAML; quote it to make it text"
         elif tag in (f"{_TAG}bool", f"{_TAG}null"):
