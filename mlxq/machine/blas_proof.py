@@ -26,7 +26,7 @@ from mlxq.machine.versions import installed_version
 
 # Raised when the proof itself changes, so that older verdicts are not believed.
 PROOF_VERSION = 1
-# For a proof that takes a quarter of a second where the machine is idle.
+# For a proof that takes a tenth of a second on an idle machine, and a hundred times that under an emulator.
 TIME_LIMIT_S = 30.0
 # How long a failure is believed: what a busy machine did to a good library should not last. A pass stays.
 FAILURE_KEPT_S = 86400.0
