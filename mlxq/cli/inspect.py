@@ -75,7 +75,7 @@ def command(
     from mlxq.recipe.load import shipped_recipes
     from mlxq.show import inspection_tables
 
-    source = resolve(model, tokenizer=text is not None, trust_remote_code=trust_remote_code, on_wait=say_waiting)
+    source = resolve(model, tokenizer=text is not None, trusted=trust_remote_code, on_wait=say_waiting)
     machine = find_device(device) if device else this_machine()
     found = inspect_model(source, context)
     encoding = encode_text(source, text) if text is not None else None
