@@ -105,7 +105,7 @@ def command(
         if upload and not (dry_run or frontier or why is not None):
             target = loaded.upload
         if target is not None:
-            from mlxq.publish.publish import check_login
+            from mlxq.publish.hub import check_login
 
             # Said now, not after hours of work.
             check_login()
