@@ -5,7 +5,7 @@ import math
 import pytest
 
 from mlxq.errors import BadInputError
-from mlxq.metrics.names import METRICS
+from mlxq.metrics.metric import METRICS
 from mlxq.recipe.gates import Gate, GateResult, check_gate, check_gates, gate_fault, parse_gate
 
 
