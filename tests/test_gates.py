@@ -84,6 +84,7 @@ def test_a_limit_is_a_finite_number(text: str) -> None:
         parse_gate(text)
     assert caught.value.message.startswith("gate 'kl_mean" if "kl" in text else "gate 'size_bytes")
     assert caught.value.message.endswith("no number is that large, so it would decide nothing")
+    assert gate_fault(text) == caught.value.message
 
 
 def test_what_is_too_long_to_be_a_gate_is_not_read() -> None:

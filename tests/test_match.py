@@ -97,7 +97,8 @@ def test_a_good_slice_has_no_fault(text: str) -> None:
 
 @given(st.integers(-9, 9), st.integers(-9, 9), st.integers(1, 9), st.integers(1, 70))
 def test_each_operator_is_pythons(a: int, b: int, c: int, n: int) -> None:
-    for bound in (f"{a}+{b}", f"{a}-{b}", f"{a}*{b}", f"{a}//{c}", f"-({a}-n)", f"n-{c}", f"(n+{a})*{b}//{c}"):
+    bounds = [f"{a}+{b}", f"{a}-{b}", f"{a}*{b}", f"{a}//{c}", f"-({a}-n)", f"n-{c}", f"(n+{a})*{b}//{c}"]
+    for bound in (*bounds, f"{a}+n", f"{a}*n", f"{a}//n"):
         value = eval(bound, {"n": n})
         assert parse_layers([bound], n) == ({range(n)[value]} if -n <= value < n else set())
         assert parse_layers([f"{bound}:"], n) == frozenset(range(n)[value:])
@@ -271,8 +272,9 @@ EXPRESSIONS = [
 @given(path=PATHS)
 def test_an_expression_means_what_it_means_to_python(expression: str, path: str) -> None:
     assert pattern_fault(f"re:{expression}") is None
-    for each in (path, *dense(2), "model.model", ""):
-        assert matches(f"re:{expression}", each) == (re.fullmatch(expression, each) is not None)
+    paths = [path, *dense(2), "model.model", ""]
+    meant = {each for each in paths if re.fullmatch(expression, each)}
+    assert matching(f"re:{expression}", paths, "pattern") == meant
 
 
 ENDLESS = [r"(a|a|.)*(.|.)*[^\w.]", r"(?:.|(?=.)|..)*[^\w.]", "(.*?)" * 6 + r"(?!x)[^\w.]"]
@@ -300,6 +302,13 @@ def test_expressions_share_the_time_they_may_take() -> None:
         assert assign([each], paths, 80, None)[1] == ()
     with pytest.raises(BadInputError, match="takes too long"):
         assign(slow, paths, 80, None)
+
+
+def test_more_expressions_may_take_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlxq.recipe.match._PATIENCE_S", 0.0)
+    monkeypatch.setattr("mlxq.recipe.match._PATIENCE_PER_MATCH_S", 0.3)
+    slow = [rule("re:" + "(.*?)" * 4 + rf"(?!{number})[^\w.]", "x", optional=True) for number in range(40)]
+    assert assign(slow, ["x" * 50], 0, None)[1] == ()
 
 
 def test_what_is_no_pattern_is_said_where_it_was_asked() -> None:
@@ -361,6 +370,8 @@ def test_a_pattern_that_matches_nothing_is_a_fault_with_the_closest_names() -> N
         ("nowhere.at.all.lm_haed", "; closest: lm_head"),
         ("*.emb_tokens", "; closest: embed_tokens"),
         ("lmhead", "; closest: lm_head"),
+        ("no.such.place.on.this.earth.down_prj", "; closest: down_proj"),
+        ("re:(zzz|down_prj)", "; closest: down_proj"),
         ("re:.*", None),
         ("*.qqqqqq", ""),
         ("?", ""),
@@ -378,6 +389,14 @@ def test_the_closest_names_are_those_that_look_alike(pattern: str, near: str | N
         assert faults == (f"r.yaml:1 rules[0]: {shown!r} matches no module{near}",)
 
 
+def test_close_names_are_not_those_of_the_marks_around() -> None:
+    _, faults = assign([rule("re:q"), rule("*.LN_finale", at=2)], ["a.re", "model.LN_final"], 0, None)
+    assert faults == (
+        "r.yaml:1 rules[0]: 're:q' matches no module",
+        "r.yaml:2 rules[1]: '*.LN_finale' matches no module; closest: LN_final",
+    )
+
+
 def test_close_names_are_looked_for_only_as_long_as_they_are_shown() -> None:
     _, faults = assign([rule("v_projj", at=at) for at in range(1, 31)], dense(2), 2, None)
     assert len(faults) == 30
@@ -390,6 +409,10 @@ def test_layers_that_hold_nothing_are_a_fault() -> None:
     assert faults == (
         "r.yaml:1 rules[0]: matches 3 modules, none in layers 40; the model has 3 layers, numbered from 0",
         "r.yaml:2 rules[1]: matches 1 module, none in layers :4; the model has 3 layers, numbered from 0",
+    )
+    _, faults = assign([rule("v_proj", layers=("3", "7:"))], dense(3), 3, None)
+    assert faults == (
+        "r.yaml:1 rules[0]: matches 3 modules, none in layers 3, 7:; the model has 3 layers, numbered from 0",
     )
 
 
@@ -442,6 +465,11 @@ def test_a_rule_shadowed_on_one_module_says_so() -> None:
         "r.yaml:2 rules[1]: never decides anything; the module it matches is taken by "
         "r.yaml:1 rules[0] (lm_head), and the first match wins",
     )
+
+
+def test_a_shadowed_rule_names_every_pattern_of_the_other() -> None:
+    _, faults = assign([rule("lm_head", "v_proj"), rule("lm_head", at=2)], dense(1), 1, None)
+    assert "taken by r.yaml:1 rules[0] (lm_head, v_proj), and" in faults[0]
 
 
 def test_a_rule_that_decides_one_module_is_not_shadowed() -> None:

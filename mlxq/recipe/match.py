@@ -77,7 +77,7 @@ def _selected(text: str, layer_count: int) -> range:
         index = bounds[0]
         if index is None:
             raise _bad_slice(text, "it is empty")
-        return layers[index : index + 1 or None] if -layer_count <= index < layer_count else range(0)
+        return layers[index : index + 1 or None]
     if len(bounds) > 3:
         raise _bad_slice(text, "it has more than three parts")
     if bounds[2:] == [0]:
@@ -337,7 +337,7 @@ def _bound(part: str, text: str, n: int) -> int | None:
         return None
     try:
         if not _ARITHMETIC.fullmatch(part.strip()):
-            raise ValueError("characters that no arithmetic has")
+            raise ValueError
         return _value(ast.parse(part.strip(), mode="eval").body, n)
     except ZeroDivisionError:
         raise _bad_slice(text, f"it divides by zero where n is {n}") from None
@@ -346,6 +346,7 @@ def _bound(part: str, text: str, n: int) -> int | None:
 
 
 def _value(node: ast.expr, n: int) -> int:
+    """Of arithmetic over integers and ``n``. Raises ValueError for anything else."""
     match node:
         case ast.Constant(value=int(value)) if not isinstance(value, bool):
             return value
@@ -361,4 +362,4 @@ def _value(node: ast.expr, n: int) -> int:
             return _value(left, n) * _value(right, n)
         case ast.BinOp(left=left, op=ast.FloorDiv(), right=right):
             return _value(left, n) // _value(right, n)
-    raise ValueError("not layer arithmetic")
+    raise ValueError
