@@ -5,7 +5,7 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxq.errors import BadInputError
@@ -269,6 +269,7 @@ EXPRESSIONS = [
 
 
 @pytest.mark.parametrize("expression", EXPRESSIONS)
+@settings(deadline=None)
 @given(path=PATHS)
 def test_an_expression_means_what_it_means_to_python(expression: str, path: str) -> None:
     assert pattern_fault(f"re:{expression}") is None
