@@ -227,10 +227,10 @@ def _closest(pattern: str, paths: Sequence[str]) -> str:
     wanted = max(words, key=len, default="").strip(".")
     width = wanted.count(".") + 1
     tails = {".".join(path.split(".")[-width:]): None for path in paths}
-    near = difflib.get_close_matches(wanted, tails, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(wanted, tails)
     if not near:
         last = wanted.rpartition(".")[2]
-        near = difflib.get_close_matches(last, {path.rpartition(".")[2]: None for path in paths}, n=3, cutoff=0.6)
+        near = difflib.get_close_matches(last, {path.rpartition(".")[2]: None for path in paths})
     return f"; closest: {', '.join(near)}" if near else ""
 
 
