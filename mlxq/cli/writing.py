@@ -12,6 +12,7 @@ from mlxq.show.console import interrupts, note, progress, show, show_json, show_
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from mlxq.metrics.generation import Generation
     from mlxq.pipeline import Finished, Options
     from mlxq.planning.plan import Plan
     from mlxq.retry import Waiting
@@ -148,34 +149,41 @@ def write_model(
         raise
     assert finished is not None
     seconds = time.perf_counter() - began
-    _show_result(plan, finished, seconds, generate=generate, as_json=as_json, quiet=quiet)
+    answer = _ask(finished, trusted=options.trust_remote_code, quiet=quiet) if generate else None
+    _show_result(plan, finished, answer, seconds, as_json=as_json)
     return finished
 
 
-def _show_result(plan: Plan, finished: Finished, seconds: float, *, generate: bool, as_json: bool, quiet: bool) -> None:
-    from mlxq.machine.runtime import free_memory_bytes
-    from mlxq.metrics.generation import generate_once
-    from mlxq.show import tables
+def _ask(finished: Finished, *, trusted: bool, quiet: bool) -> Generation | None:
+    """Ask the new model a question. A courtesy: what goes wrong is said in one line, and the run goes on."""
+    from mlxq.metrics.generation import NotAsked, ask
     from mlxq.writing.report import write_report
 
-    answer = None
-    if generate and finished.report["metrics"]["size_bytes"] * 1.5 > free_memory_bytes():
-        note(
-            "The model is too large for this machine's free memory, so it was not asked anything.",
-            quiet=quiet,
-        )
-    elif generate:
-        note("Asking the new model a question ...", quiet=quiet)
-        answer = generate_once(finished.out)
-        finished.report["generation"] = {
-            "prompt": answer.prompt,
-            "text": answer.text,
-            "prompt_tps": answer.prompt_tps,
-            "generation_tps": answer.generation_tps,
-            "load_s": answer.load_s,
-            "device": answer.device,
-        }
+    note("Asking the new model a question ...", quiet=quiet)
+    try:
+        answer = ask(finished.out, trusted=trusted)
+    except KeyboardInterrupt:
+        # Who stops the command may well want to stop what comes next, an upload above all.
+        warn(f"stopped; {finished.out} is complete, and nothing more was done with it")
+        raise
+    if isinstance(answer, NotAsked):
+        finished.report["not_asked"] = answer.reason
+        if answer.failed:
+            warn(f"the new model {answer.reason}")
+        else:
+            note(f"The new model {answer.reason}.", quiet=quiet)
+    else:
+        finished.report["generation"] = vars(answer)
+    try:
         write_report(finished.report, finished.out)
+    except OSError as exc:
+        warn(f"mlxq.json does not say what became of the question: {exc.strerror}")
+    return None if isinstance(answer, NotAsked) else answer
+
+
+def _show_result(plan: Plan, finished: Finished, answer: Generation | None, seconds: float, *, as_json: bool) -> None:
+    from mlxq.show import tables
+
     if as_json:
         show_json({"output": str(finished.out), **finished.report})
         return
