@@ -103,7 +103,7 @@ def test_a_crash_is_named_with_its_last_words(killer: signal.Signals, tmp_path: 
 
 
 def test_killed_from_outside_is_said_to_be_about_memory() -> None:
-    with pytest.raises(ChildError, match="SIGKILL .*, which the system sends when memory runs out"):
+    with pytest.raises(ChildError, match=r"SIGKILL .*, which the system sends when memory runs out"):
         run_child(crash, {"signal": signal.SIGKILL}, ROOMY)
 
 
