@@ -27,12 +27,9 @@ def double(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def look_around(request: dict[str, Any]) -> dict[str, Any]:
-    try:
-        os.close(os.open("/dev/tty", os.O_RDWR))
-        terminal = True
-    except OSError:
-        terminal = False
-    return {"input": sys.stdin.read(), "terminal": terminal, "path": sys.path, "offline": os.environ["HF_HUB_OFFLINE"]}
+    # The first of its session: no terminal belongs to it that could be opened to ask.
+    session = os.getsid(0) == os.getpid()
+    return {"input": sys.stdin.read(), "session": session, "path": sys.path, "offline": os.environ["HF_HUB_OFFLINE"]}
 
 
 def answer_on_stdin(request: dict[str, Any]) -> dict[str, Any]:
@@ -81,7 +78,7 @@ def test_it_has_no_stdin_no_terminal_and_the_parents_imports(tmp_path: Path, mon
     (tmp_path / "json.py").write_text("raise SystemExit('code of the working folder ran')")
     monkeypatch.chdir(tmp_path)
     found = run_child(look_around, {}, ROOMY)
-    assert (found["input"], found["terminal"], found["offline"]) == ("", False, "1")
+    assert (found["input"], found["session"], found["offline"]) == ("", True, "1")
     assert str(tmp_path) not in found["path"]
     with pytest.raises(ChildError, match="EOFError"):
         run_child(answer_on_stdin, {}, ROOMY)
