@@ -70,7 +70,7 @@ def command(
     if not rest:
         raise BadInputError("nothing to compare with the original", "Name models or recipes after it.")
     load_blas()
-    from mlxq.cli.writing import bring_here
+    from mlxq.cli.fetching import bring_here
     from mlxq.comparison.candidates import load_candidate, model_candidate, with_distinct_names
     from mlxq.comparison.measure import Settings, read_prompts
     from mlxq.metrics.forward import on_cpu
@@ -128,7 +128,7 @@ def check_recipe_gates(gates: Sequence[str], model: str, out: Path, *, quiet: bo
 
     The results go into its ``mlxq.json``. Raises GateError with a line per failed gate.
     """
-    from mlxq.cli.writing import bring_here
+    from mlxq.cli.fetching import bring_here
     from mlxq.comparison.candidates import model_candidate
     from mlxq.comparison.measure import Settings
     from mlxq.errors import GateError
