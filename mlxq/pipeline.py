@@ -93,7 +93,7 @@ def prepare(
 
     ``on_event`` is told what is waited for and what is fetched.
     """
-    source = resolve(model, trust_remote_code=options.trust_remote_code, on_event=on_event)
+    source = resolve(model, trusted=options.trust_remote_code, on_event=on_event)
     architecture = bind(source, trust_remote_code=options.trust_remote_code)
     remarks: tuple[str, ...] = ()
     if recipe.method != "rtn" and recipe.calibration.has_text:

@@ -46,7 +46,9 @@ def command(
     from mlxq.errors import BadInputError
     from mlxq.machine.runtime import load_blas
     from mlxq.recipe.load import recipe_from_dict
+    from mlxq.show.console import console
 
+    console.use(quiet=quiet, as_json=as_json)
     if dequantize and keep_quantization:
         raise BadInputError("--dequantize and --keep-quantization exclude each other")
     load_blas()
@@ -57,17 +59,15 @@ def command(
     out = output or default_output(recipe, model)
     if not dry_run and out.exists() and not force:
         raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-    with telling(quiet=quiet) as tell:
+    with telling() as tell:
         plan = prepare(recipe, model, options, on_event=tell)
     if dry_run:
         show_plan(
             plan,
             out=out,
             why=None,
-            as_json=as_json,
-            quiet=quiet,
             low_disk=low_disk,
             trust_remote_code=trust_remote_code,
         )
     else:
-        write_model(plan, out, options, force=force, generate=generate, as_json=as_json, quiet=quiet, low_disk=low_disk)
+        write_model(plan, out, options, force=force, generate=generate, low_disk=low_disk)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
-from mlxq.show.console import Meter, note, progress, warn
+from mlxq.show.console import console
+from mlxq.show.meters import Meter, progress
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -24,11 +25,11 @@ _T = TypeVar("_T")
 
 def say_waiting(event: Waiting) -> None:
     """Say on stderr that something lets one wait."""
-    warn(f"{event.reason}; trying again in {event.seconds:.0f} s")
+    console.warn(f"{event.reason}; trying again in {event.seconds:.0f} s")
 
 
 @contextmanager
-def telling(*, quiet: bool) -> Iterator[Callable[[Event], None]]:
+def telling() -> Iterator[Callable[[Event], None]]:
     """Within the context, what it gives takes the events of ``resolve``, and shows them as notes and progress."""
     from mlxq.retry import Waiting
     from mlxq.sources.download import Downloading
@@ -45,8 +46,8 @@ def telling(*, quiet: bool) -> Iterator[Callable[[Event], None]]:
                 meter.update(event.done_bytes, event.total_bytes, event.file)
             else:
                 shown.close()
-                note(_announced(event), quiet=quiet)
-                meter = shown.enter_context(progress("Fetching", quiet=quiet))
+                console.note(_announced(event))
+                meter = shown.enter_context(progress("Fetching"))
 
         yield tell
 
@@ -60,32 +61,32 @@ def _announced(event: Fetching) -> str:
     return f"{event.because}; {what}" if event.because else what
 
 
-def bring_here(model: str, *, quiet: bool) -> None:
+def bring_here(model: str) -> None:
     """Fetch a model into the cache, with progress, where it is on the Hub."""
     from mlxq.sources.download import fetch
     from mlxq.sources.resolve import resolve
 
-    with telling(quiet=quiet) as tell:
+    with telling() as tell:
         source = resolve(model, on_event=tell)
     if source.remote is not None:
-        _fetched(fetch(source), model, quiet=quiet)
+        _fetched(fetch(source), model)
 
 
-def fetched(plan: Plan, out: Path, options: Options, *, quiet: bool) -> Plan:
+def fetched(plan: Plan, out: Path, options: Options) -> Plan:
     """The same plan with its source here, fetched with progress where it is on the Hub."""
     from mlxq.pipeline import with_weights
 
     if plan.source.remote is None:
         return plan
-    return _fetched(with_weights(plan, out, options), plan.source.name, quiet=quiet)
+    return _fetched(with_weights(plan, out, options), plan.source.name)
 
 
-def _fetched(events: Generator[Downloading | Waiting, None, _T], name: str, *, quiet: bool) -> _T:
+def _fetched(events: Generator[Downloading | Waiting, None, _T], name: str) -> _T:
     """Run a download to its end, with progress; returns what it returns."""
     from mlxq.retry import Waiting
 
     try:
-        with progress(f"Fetching {name}", quiet=quiet) as meter:
+        with progress(f"Fetching {name}") as meter:
             while True:
                 try:
                     event = next(events)
@@ -97,5 +98,7 @@ def _fetched(events: Generator[Downloading | Waiting, None, _T], name: str, *, q
                 else:
                     meter.update(event.done_bytes, event.total_bytes, event.file)
     except KeyboardInterrupt:
-        warn("stopped; files that are complete stay in the cache, and the same command continues with the others")
+        console.warn(
+            "stopped; files that are complete stay in the cache, and the same command continues with the others"
+        )
         raise

@@ -31,7 +31,7 @@ from mlxq.tensors import TensorSpec
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from mlxq.sources.hub import HubModel, Scratch
+    from mlxq.sources.remote import HubModel, Scratch
 
 _HUB_URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)/?")
 
@@ -60,6 +60,7 @@ class GGUFSource:
     bound: Mapping[str, BoundTensor]
     base_model: str | None = None
     revision: str | None = None
+    trusted: bool = False
     kind: str = "gguf"
     weights_folder: Path | None = None
     remote: HubModel | None = None

@@ -25,7 +25,7 @@ from mlxq.files import cache_folder, rename_durably, sha256_file
 from mlxq.retry import Waiting
 from mlxq.sources.download import Downloading, Transfer
 from mlxq.sources.gguf import GGUFSource, open_gguf
-from mlxq.sources.hub import HubModel, RemoteFile, Scratch
+from mlxq.sources.remote import HubModel, RemoteFile, Scratch
 
 _LOOK_EVERY_S = 0.1
 _LONGEST_WAIT_S = 15.0
@@ -127,7 +127,7 @@ class HubFile:
     def fetch(self, work: Path) -> Generator[Downloading | Waiting, None, Path]:
         """Download it through ``huggingface_hub``. Raises MlxqError where that fails."""
         file = RemoteFile(self.name, self.nbytes)
-        remote = HubModel(self.repo, self.commit, self.commit, (file,), (), Scratch())
+        remote = HubModel(self.repo, self.commit, self.commit, (file,), (), trusted=False, scratch=Scratch())
         paths = yield from Transfer(remote, remote.weights, into=work).wait()
         return paths[self.name]
 
