@@ -243,7 +243,7 @@ def _fetch(sample: Sample, file: Path, faults: list[str]) -> Generator[Fetching 
     finally:
         shutil.rmtree(work, ignore_errors=True)
     raise BadInputError(
-        f"the sample model is not in {file.parent} and could not be fetched: {'; '.join(faults)}",
+        f"the sample model could not be fetched into {file.parent}: {'; '.join(faults)}",
         f"Either way will do: {' or '.join(way.origin for way in sample.ways)}. "
         "Or name another model in its place, as MODEL or --model: a folder, a .gguf file or a Hub id such as org/name.",
     )
