@@ -1,17 +1,10 @@
-"""Files that must be whole: their hash, the one step in which they take their name, and where mlxq keeps its own."""
+"""Files that must be whole: their hash, and the one step in which they take their name."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 from pathlib import Path
-
-
-def cache_folder() -> Path:
-    """``$MLXQ_CACHE``, else ``mlxq`` in the user's cache folder (``$XDG_CACHE_HOME``, ``~/.cache``)."""
-    if own := os.environ.get("MLXQ_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxq"
 
 
 def sha256_file(file: Path) -> str:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mlxq.files import cache_folder
+from mlxq.machine.cache import cache_folder
 from mlxq.methods.formats import Format
 
 if TYPE_CHECKING:

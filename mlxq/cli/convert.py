@@ -44,7 +44,7 @@ def command(
     from mlxq.cli.fetching import telling
     from mlxq.cli.writing import show_plan, write_model
     from mlxq.errors import BadInputError
-    from mlxq.machine.runtime import load_blas
+    from mlxq.machine.blas import load_blas
     from mlxq.recipe.load import recipe_from_dict
     from mlxq.show.console import console
 

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import TextIO
 
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.files import cache_folder, rename_durably, sha256_file
+from mlxq.files import rename_durably, sha256_file
+from mlxq.machine.cache import cache_folder
 from mlxq.retry import Waiting
 from mlxq.sources.download import Downloading, Transfer
 from mlxq.sources.gguf import GGUFSource, open_gguf
