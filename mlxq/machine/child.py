@@ -138,7 +138,8 @@ def _result(status: int, result: IO[bytes], said: IO[bytes]) -> dict[str, Any]:
         return returned
     how = f"its process ended with exit code {status}"
     if status < 0:
-        how = f"its process was ended by {signal.Signals(-status).name} ({signal.strsignal(-status)})"
+        name = next((known.name for known in signal.Signals if known == -status), f"signal {-status}")
+        how = f"its process was ended by {name} ({signal.strsignal(-status)})"
     if -status == signal.SIGKILL:
         how += ", which the system sends when memory runs out"
     said.seek(max(0, said.seek(0, os.SEEK_END) - 8192))
@@ -154,7 +155,7 @@ def one_line(text: str) -> str:
 
 def serve() -> None:
     """The child's side: read what is asked, call the function, write what it returns or why it could not."""
-    from mlxq.machine.runtime import load_blas
+    from mlxq.machine.blas import load_blas
 
     name, *descriptors = sys.argv[1:]
     asked, result, parent_lives = map(int, descriptors)
