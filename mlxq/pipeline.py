@@ -13,6 +13,7 @@ from mlxq.architecture.bind import bind, open_lazily
 from mlxq.budget.spend import Scoring, Spending, spend
 from mlxq.calibration.streamed import not_sequential
 from mlxq.errors import BadInputError, MlxqError, RecipeError
+from mlxq.headers import read_file_header
 from mlxq.machine.runtime import peak_rss_bytes
 from mlxq.methods.formats import Format
 from mlxq.metrics.size import measure_size
@@ -22,7 +23,6 @@ from mlxq.recipe.load import Calibration, Recipe, load_recipe, recipe_from_dict
 from mlxq.retry import Waiting
 from mlxq.sources.download import Downloading, fetch, fetch_companions
 from mlxq.sources.resolve import resolve
-from mlxq.sources.safetensors import read_file_header
 from mlxq.writing.disk_space import check_room
 from mlxq.writing.execute import Progress, execute
 from mlxq.writing.folder import PartialFolder

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
+from mlxq.architecture.config import active_share
+from mlxq.architecture.kv_cache import activation_bytes, kv_cache_bytes
 from mlxq.machine.devices import Device
-from mlxq.machine.memory import active_share, fit, kv_cache_bytes, overhead_bytes
+from mlxq.machine.memory import BASE_OVERHEAD_BYTES, Footprint, fit, weight_room
 
 DENSE = {
     "hidden_size": 64,
@@ -144,17 +146,43 @@ def test_active_share_of_experts(config: dict[str, Any], share: float) -> None:
     assert active_share(config) == share
 
 
-def test_fit_adds_up_and_the_ceiling_is_bandwidth_over_bytes_read() -> None:
+def footprint(weight_bytes: int, read_bytes: int, context: int) -> Footprint:
     config = {"model_type": "llama", **DENSE}
+    return Footprint(weight_bytes, read_bytes, kv_cache_bytes(config, context), activation_bytes(config, context))
+
+
+def test_fit_adds_up_and_the_ceiling_is_bandwidth_over_bytes_read() -> None:
     device = Device("test", "test", 8 << 30, 0.75, 100e9)
-    found = fit(2_000_000_000, config, 4096, device, read_bytes=500_000_000)
-    assert found.kv_cache_bytes == 4 * 4096 * 2 * 32 * 2
-    assert found.needed_bytes == 2_000_000_000 + found.kv_cache_bytes + overhead_bytes(config, 4096)
+    takes = footprint(2_000_000_000, 500_000_000, 4096)
+    found = fit(takes, device)
+    assert takes.kv_cache_bytes == found.kv_cache_bytes == 4 * 4096 * 2 * 32 * 2
+    # One chunk of 2048 tokens: 8 widths of 64 and 3 of 96 in 16 bits, and 128 logits in fp32, twice.
+    assert takes.activation_bytes == 2048 * (8 * 64 + 3 * 96) * 2 + 128 * 4 * 2
+    assert found.overhead_bytes == BASE_OVERHEAD_BYTES + takes.activation_bytes
+    assert found.needed_bytes == 2_000_000_000 + found.kv_cache_bytes + found.overhead_bytes
+    assert found.usable_bytes == 6 << 30
     assert found.fits
     assert found.decode_tps_ceiling == pytest.approx(100e9 / (500_000_000 + found.kv_cache_bytes))
-    assert not fit(6_300_000_000, config, 4096, device).fits
+
+
+def test_a_model_fits_up_to_the_last_byte_of_the_room_for_weights() -> None:
+    device = Device("test", "test", 8 << 30, 0.75, 100e9)
+    beside = footprint(0, 0, 4096)
+    room = weight_room(device, kv_cache_bytes=beside.kv_cache_bytes, activation_bytes=beside.activation_bytes)
+    assert fit(footprint(room, room, 4096), device).fits
+    assert not fit(footprint(room + 1, room + 1, 4096), device).fits
+
+
+def test_prompts_are_read_in_chunks() -> None:
+    config = {"model_type": "llama", **DENSE}
+    assert activation_bytes(config, 100) < activation_bytes(config, 2048) == activation_bytes(config, 100_000)
+
+
+def test_the_experts_of_a_token_work_side_by_side() -> None:
+    config = {**DENSE, "moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4}
+    assert activation_bytes(config, 1) == (8 * 64 + 3 * 4 * 64) * 2 + 1024
 
 
 def test_no_bandwidth_no_ceiling() -> None:
     device = Device("test", "test", 8 << 30, 1.0, None)
-    assert fit(1, {"model_type": "llama", **DENSE}, 16, device).decode_tps_ceiling is None
+    assert fit(footprint(1, 1, 16), device).decode_tps_ceiling is None

@@ -11,7 +11,6 @@ import inspect
 import io
 import json
 import os
-import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError, MlxqError
+from mlxq.headers import encode_header
 from mlxq.methods.formats import MODES, Format
 from mlxq.recipe.match import layer_index
 from mlxq.sources.base import ModelSource
@@ -200,22 +200,6 @@ def openable_folder(source: ModelSource) -> Iterator[Path]:
             file.write(header)
             os.truncate(file.fileno(), len(header) + sum(spec.nbytes for spec in source.tensors.values()))
         yield folder
-
-
-def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """The safetensors header for ``specs`` laid out one after another, its length included, padded to 8 bytes."""
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
-    for spec in specs:
-        entries[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [offset, offset + spec.nbytes],
-        }
-        offset += spec.nbytes
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
 
 
 def origins(source: ModelSource, *, trust_remote_code: bool = False) -> dict[str, frozenset[str]]:

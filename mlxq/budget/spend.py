@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlxq.architecture.bind import Module
+from mlxq.architecture.kv_cache import activation_bytes, kv_cache_bytes
 from mlxq.budget.allocate import Allocation, Option, allocate, frontier
 from mlxq.calibration.cache import ScoreCache, scores_key
 from mlxq.calibration.measured import Assignment, measured_divergences
@@ -19,7 +20,7 @@ from mlxq.calibration.text import TextInfo
 from mlxq.calibration.tokens import CalibrationText, calibration_text
 from mlxq.errors import BadInputError
 from mlxq.machine.devices import find_device, this_machine
-from mlxq.machine.memory import kv_cache_bytes, overhead_bytes
+from mlxq.machine.memory import weight_room
 from mlxq.methods.encode import Guide, encode
 from mlxq.methods.encoded import decode
 from mlxq.methods.formats import Format, fallback, layout
@@ -252,8 +253,8 @@ def budget_bytes(draft: Plan, budget: Budget) -> int:
     assert budget.device is not None
     device = this_machine() if budget.device == "this-machine" else find_device(budget.device)
     config = draft.source.config
-    beside = kv_cache_bytes(config, budget.context) + overhead_bytes(config, budget.context)
-    return device.usable_bytes - beside - headers
+    cache, activations = kv_cache_bytes(config, budget.context), activation_bytes(config, budget.context)
+    return weight_room(device, kv_cache_bytes=cache, activation_bytes=activations) - headers
 
 
 def _check_room(draft: Plan, formats: Mapping[str, tuple[Format, ...]], fixed: int, room: int, budget: Budget) -> None:

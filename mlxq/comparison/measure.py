@@ -162,7 +162,7 @@ def folder_candidate(name: str, folder: Path) -> Candidate:
 
 def _recorded_budget(folder: Path) -> Mapping[str, Any] | None:
     """How a budget was spent on the model, where mlxq wrote it and had one."""
-    from mlxq.sources.safetensors import read_json
+    from mlxq.headers import read_json
 
     file = folder / "mlxq.json"
     found = read_json(file).get("budget") if file.is_file() else None
@@ -171,7 +171,7 @@ def _recorded_budget(folder: Path) -> Mapping[str, Any] | None:
 
 def stored_layer_bits(folder: Path) -> dict[str, float]:
     """Bits per weight of each decoder layer, and of what lies outside them, counted from the files."""
-    from mlxq.sources.safetensors import read_file_header
+    from mlxq.headers import read_file_header
 
     bits: dict[str, float] = {}
     weights: dict[str, float] = {}

@@ -18,7 +18,8 @@ from mlxq.recipe.match import matches
 from mlxq.tensors import FLOAT_DTYPES
 
 if TYPE_CHECKING:
-    from mlxq.architecture.inspection import Encoding, InspectedModule, Inspection
+    from mlxq.architecture.inspection import InspectedModule, Inspection
+    from mlxq.architecture.tokenizer import Encoding
     from mlxq.comparison.measure import Comparison
     from mlxq.machine.devices import Device
     from mlxq.machine.memory import Fit

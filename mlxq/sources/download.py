@@ -13,9 +13,7 @@ from mlxq.errors import MlxqError
 from mlxq.retry import Waiting, patiently
 from mlxq.sources.base import ModelSource
 from mlxq.sources.hub import (
-    HubModel,
     Reference,
-    RemoteFile,
     add_companions,
     counting_bar,
     explained,
@@ -23,6 +21,7 @@ from mlxq.sources.hub import (
     remember_revision,
     resume_after_resets,
 )
+from mlxq.sources.remote import HubModel, RemoteFile
 
 _AT_ONCE = 4
 _LOOK_EVERY_S = 0.1

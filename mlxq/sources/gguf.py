@@ -26,13 +26,14 @@ from mlxq.sources.gguf_names import (
     permutation_width,
 )
 from mlxq.sources.gguf_tokenizer import check_tokenizer, tokenizer_files
+from mlxq.sources.quantization import Quantization
 from mlxq.sources.safetensors import pread_exactly
 from mlxq.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from mlxq.sources.hub import HubModel, Scratch
+    from mlxq.sources.remote import HubModel, Scratch
 
 SAMPLE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SAMPLE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -83,6 +84,16 @@ class GGUFSource:
     def stored_bytes(self) -> int:
         """Bytes the weights take as stored."""
         return sum(tensor.stored.nbytes for tensor in self.bound.values())
+
+    @property
+    def stored_types(self) -> dict[str, tuple[str, int]]:
+        """Each tensor's GGML type and bytes."""
+        return {name: (tensor.stored.ggml_type, tensor.stored.nbytes) for name, tensor in self.bound.items()}
+
+    @property
+    def quantization(self) -> Quantization:
+        """Always: a GGUF file holds blocks."""
+        return Quantization("gguf", "blocks of its own types")
 
     @cached_property
     def sidecars(self) -> Mapping[str, Path | bytes]:

@@ -13,10 +13,7 @@ import fnmatch
 import importlib
 import os
 import re
-import shutil
 import struct
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,9 +22,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxq import __version__
 from mlxq.errors import BadInputError, MlxqError
+from mlxq.headers import MAX_HEADER_BYTES, read_json
 from mlxq.retry import TRIES, Waiting, chain, is_offline, patiently, response_of, said_by, told
 from mlxq.sources.gguf_header import is_whole_header
-from mlxq.sources.safetensors import MAX_HEADER_BYTES, SafetensorsFolder, open_folder, read_json
+from mlxq.sources.remote import HubModel, RemoteFile, Scratch
+from mlxq.sources.safetensors import SafetensorsFolder, open_folder
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -79,44 +78,6 @@ class Reference:
     repo: str
     file: str | None
     revision: str | None
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a repository."""
-
-    name: str
-    nbytes: int
-
-
-class Scratch:
-    """A temporary folder that goes when nothing refers to it any more."""
-
-    def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="mlxq-hub-"))
-        weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
-
-
-@dataclass(frozen=True)
-class HubModel:
-    """Where a model's weights still are, and what of the repository is needed.
-
-    ``revision`` is as it was named, ``commit`` what it means.
-    ``weights`` and ``companions`` (config, tokenizer, licence) are all of it. ``scratch`` holds the headers as sparse
-    files, and the small companions.
-    """
-
-    repo: str
-    revision: str
-    commit: str
-    weights: tuple[RemoteFile, ...]
-    companions: tuple[RemoteFile, ...]
-    scratch: Scratch
-
-    @property
-    def folder(self) -> Path:
-        """The temporary folder."""
-        return self.scratch.folder
 
 
 def parse_reference(text: str) -> Reference | None:
