@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlxq.architecture.bind import bind, open_lazily
+from mlxq.architecture.bind import bind
+from mlxq.architecture.opening import open_lazily
 from mlxq.budget.spend import Scoring, Spending, spend
 from mlxq.calibration.streamed import not_sequential
 from mlxq.errors import BadInputError, MlxqError, RecipeError

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mlxq import upstream
 from mlxq.calibration.text import (
     SELF,
     TextInfo,
@@ -142,17 +143,12 @@ def folder_candidate(name: str, folder: Path) -> Candidate:
 
     Raises BadInputError where the folder is not a causal language model.
     """
-    from mlxq.architecture.bind import open_lazily
-
-    def load_tokenizer() -> Any:
-        from mlx_lm.utils import load_tokenizer as load
-
-        return load(folder)
+    from mlxq.architecture.opening import open_lazily
 
     return Candidate(
         name=name,
         load=lambda: open_lazily(folder, name)[0],
-        load_tokenizer=load_tokenizer,
+        load_tokenizer=lambda: upstream.load_tokenizer(folder),
         size=measure_size(folder),
         layer_bits=stored_layer_bits(folder),
         folder=folder,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxq import upstream
+
 PROMPT = "In one or two sentences: why is the sky blue?"
 MAX_TOKENS = 48
 
@@ -26,10 +28,9 @@ def generate_once(folder: Path, prompt: str = PROMPT, max_tokens: int = MAX_TOKE
     import time
 
     import mlx.core as mx
-    import mlx_lm
 
     began = time.perf_counter()
-    model, tokenizer = mlx_lm.load(str(folder))
+    model, tokenizer = upstream.load(folder)
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     if on_cpu:
         # The CPU backend has no 16-bit arithmetic and emulates it ten times slower. The packed weights stay.
@@ -42,10 +43,10 @@ def generate_once(folder: Path, prompt: str = PROMPT, max_tokens: int = MAX_TOKE
         tokens = tokenizer.encode(prompt)
     if not on_cpu:
         # A GPU's kernels are compiled when first met, which can take longer than the whole answer.
-        for _ in mlx_lm.stream_generate(model, tokenizer, prompt=tokens, max_tokens=2):
+        for _ in upstream.stream_generate(model, tokenizer, tokens, 2):
             pass
     text, last = "", None
-    for last in mlx_lm.stream_generate(model, tokenizer, prompt=tokens, max_tokens=max_tokens):
+    for last in upstream.stream_generate(model, tokenizer, tokens, max_tokens):
         text += last.text
     return Generation(
         prompt=prompt,

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxq import upstream
 from mlxq.errors import MlxqError
 
 # The child's stdout belongs to whatever it imports; its result follows this mark.
@@ -117,11 +118,10 @@ def measure_speed(
 def _time_model(folder: Path, settings: SpeedSettings, prompts: Sequence[Any], answer_tokens: int) -> Speed:
     """Load, warm up, time, and answer, in this process."""
     import mlx.core as mx
-    import mlx_lm
 
     mx.reset_peak_memory()
     began = time.perf_counter()
-    model, tokenizer = mlx_lm.load(str(folder))
+    model, tokenizer = upstream.load(folder)
     load_s = time.perf_counter() - began
     load_peak = mx.get_peak_memory()
     # Token ids that any vocabulary has; the same for every model. Generation is not to stop at an end token.
@@ -166,11 +166,10 @@ def _time_trials(model: Any, prompt: list[int], settings: SpeedSettings) -> list
 def _time_once(model: Any, prompt: list[int], generation_tokens: int) -> tuple[float, float]:
     """Seconds to the first token, and from there over ``generation_tokens`` more."""
     import mlx.core as mx
-    from mlx_lm.generate import generate_step
 
     began = time.perf_counter()
     first = began
-    for number, _ in enumerate(generate_step(mx.array(prompt), model, max_tokens=generation_tokens + 1)):
+    for number, _ in enumerate(upstream.generate_step(model, mx.array(prompt), generation_tokens + 1)):
         if number == 0:
             first = time.perf_counter()
     return first - began, time.perf_counter() - first
@@ -186,7 +185,6 @@ def _spread(values: Sequence[float]) -> float:
 def _answer(model: Any, tokenizer: Any, prompt: str | list[Mapping[str, str]], max_tokens: int) -> Answer:
     """Answer greedily, in the chat template where the tokenizer has one."""
     import mlx.core as mx
-    import mlx_lm
 
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     shown = messages[-1]["content"]
@@ -196,7 +194,7 @@ def _answer(model: Any, tokenizer: Any, prompt: str | list[Mapping[str, str]], m
         tokens = tokenizer.encode(shown)
     mx.reset_peak_memory()
     text, tps = "", 0.0
-    for part in mlx_lm.stream_generate(model, tokenizer, prompt=tokens, max_tokens=max_tokens):
+    for part in upstream.stream_generate(model, tokenizer, tokens, max_tokens):
         text, tps = text + part.text, part.generation_tps
     return Answer(shown, text.strip(), tps, mx.get_peak_memory())
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxq import __version__
-from mlxq.architecture.bind import open_lazily
+from mlxq.architecture.opening import open_lazily
 from mlxq.errors import BadInputError, MlxqError
 from mlxq.publish import card
 from mlxq.recipe.target import Target, target_faults

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlxq.architecture.bind import origins
+from mlxq.architecture.origins import origins
 from mlxq.errors import BadInputError
 from mlxq.planning.plan import Plan, Step
 from mlxq.retry import Waiting
