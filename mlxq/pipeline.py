@@ -91,8 +91,8 @@ def prepare(
 
     ``on_wait`` is told when the Hub lets one wait.
     """
-    source = resolve(model, trust_remote_code=options.trust_remote_code, on_wait=on_wait)
-    architecture = bind(source, trust_remote_code=options.trust_remote_code)
+    source = resolve(model, trusted=options.trust_remote_code, on_wait=on_wait)
+    architecture = bind(source)
     remarks: tuple[str, ...] = ()
     if recipe.method != "rtn" and recipe.calibration.has_text:
         reason = not_sequential(source, architecture, trust_remote_code=options.trust_remote_code)

@@ -38,7 +38,7 @@ NOT_GROUND = {"pipeline": "pipeline", "__main__": "cli"}
 # Imports from above that are still there, importer -> imported. It only ever gets shorter.
 FROM_ABOVE = {
     # The card of a model that was compared draws its chart.
-    ("publish.publish", "comparison.charts"),
+    ("publish.check", "comparison.charts"),
 }
 # Modules that still import each other, each circle sorted. It only ever gets shorter.
 CIRCLES: set[tuple[str, ...]] = {

@@ -67,7 +67,7 @@ class Architecture:
     config: Mapping[str, Any]
 
 
-def bind(source: ModelSource, *, trust_remote_code: bool = False) -> Architecture:
+def bind(source: ModelSource) -> Architecture:
     """Open ``source`` as its MLX model, from headers only.
 
     Raises BadInputError where ``mlx_lm`` has no such architecture, or cannot read the checkpoint's quantization,
@@ -75,7 +75,7 @@ def bind(source: ModelSource, *, trust_remote_code: bool = False) -> Architectur
     """
     checkpoint: dict[str, mx.array] = {}
     with openable_folder(source) as folder:
-        model, config = open_lazily(folder, source.name, checkpoint, trust_remote_code=trust_remote_code)
+        model, config = open_lazily(folder, source.name, checkpoint, trust_remote_code=source.trusted)
         names = {id(array): name for name, array in checkpoint.items()}
         check_float8(source, model, names)
         parameters = _parameters(model, names)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
 
-def origins(source: ModelSource, *, trust_remote_code: bool = False) -> dict[str, frozenset[str]]:
+def origins(source: ModelSource) -> dict[str, frozenset[str]]:
     """MLX path of each parameter -> the checkpoint tensors it is made from, from headers only.
 
     Read off the graph of what ``sanitize`` returns, before anything of it is evaluated.
@@ -29,7 +29,7 @@ def origins(source: ModelSource, *, trust_remote_code: bool = False) -> dict[str
 
     checkpoint: dict[str, mx.array] = {}
     with openable_folder(source) as folder:
-        model, _ = open_lazily(folder, source.name, checkpoint, trust_remote_code=trust_remote_code)
+        model, _ = open_lazily(folder, source.name, checkpoint, trust_remote_code=source.trusted)
     names = list(checkpoint)
     number = {id(array): f"in_{i}" for i, array in enumerate(checkpoint.values())}
     parameters = tree_flatten(model.parameters())

@@ -36,6 +36,10 @@ class ModelSource(Protocol):
         """Commit the files came from, where known."""
 
     @property
+    def trusted(self) -> bool:
+        """Whether Python files that come with it may run: only a person at the command line can say so."""
+
+    @property
     def remote(self) -> HubModel | None:
         """Where on the Hub the weights still are; None where they are here."""
 

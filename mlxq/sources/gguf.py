@@ -65,6 +65,7 @@ class GGUFSource:
     bound: Mapping[str, BoundTensor]
     base_model: str | None = None
     revision: str | None = None
+    trusted: bool = False
     kind: str = "gguf"
     weights_folder: Path | None = None
     remote: HubModel | None = None

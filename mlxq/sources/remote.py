@@ -1,12 +1,24 @@
-"""A model on the Hub whose weights are still there."""
+"""A model of the Hugging Face Hub as a value: what was named, which files make it up, and where they wait."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
+
+_REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:/(?P<file>[\w./ +-]+\.gguf))?(?:@(?P<revision>[\w./-]+))?")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """``org/name[/file.gguf][@revision]``, taken apart."""
+
+    repo: str
+    file: str | None
+    revision: str | None
 
 
 @dataclass(frozen=True)
@@ -30,8 +42,8 @@ class HubModel:
     """Where a model's weights still are, and what of the repository is needed.
 
     ``revision`` is as it was named, ``commit`` what it means.
-    ``weights`` and ``companions`` (config, tokenizer, licence) are all of it. ``scratch`` holds the headers as sparse
-    files, and the small companions.
+    ``weights`` and ``companions`` (config, tokenizer, licence) are all of it. ``trusted`` says
+    that its own Python files may run. ``scratch`` holds the headers as sparse files, and the small companions.
     """
 
     repo: str
@@ -39,9 +51,18 @@ class HubModel:
     commit: str
     weights: tuple[RemoteFile, ...]
     companions: tuple[RemoteFile, ...]
+    trusted: bool
     scratch: Scratch
 
     @property
     def folder(self) -> Path:
         """The temporary folder."""
         return self.scratch.folder
+
+
+def parse_reference(text: str) -> Reference | None:
+    """Take ``org/name[/file.gguf][@revision]`` apart; None where it is nothing of the kind."""
+    found = _REFERENCE.fullmatch(text)
+    if found is None or text.startswith(("./", "../", "~/")):
+        return None
+    return Reference(found["repo"], found["file"], found["revision"])

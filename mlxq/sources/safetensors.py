@@ -88,6 +88,7 @@ class SafetensorsFolder:
     stored: Mapping[str, StoredTensor]
     base_model: str | None = None
     revision: str | None = None
+    trusted: bool = False
     kind: str = "safetensors"
     remote: HubModel | None = None
     scratch: Scratch | None = None
@@ -160,10 +161,8 @@ class SafetensorsFolder:
         raise AssertionError(f"{name} has no blocks to repack")
 
 
-def open_folder(
-    folder: Path, name: str, *, base_model: str | None = None, revision: str | None = None
-) -> SafetensorsFolder:
-    """Open a model folder by its headers.
+def open_folder(folder: Path, name: str, *, trusted: bool = False) -> SafetensorsFolder:
+    """Open a model folder by its headers; ``trusted`` where its own Python files may run.
 
     Reads the files ``mlx_lm`` would read (``model*.safetensors``). Raises BadInputError where the folder is not a
     model, or where the index names files that are not there.
@@ -205,4 +204,4 @@ def open_folder(
             stored[tensor.spec.name] = tensor
     if not stored:
         raise BadInputError(f"{folder} holds no tensors")
-    return SafetensorsFolder(name, folder, believed(config, stored), stored, base_model, revision)
+    return SafetensorsFolder(name, folder, believed(config, stored), stored, trusted=trusted)
