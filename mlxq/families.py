@@ -95,9 +95,14 @@ FAMILIES: Mapping[str, Family] = {
 }
 
 
+def family_named(model_type: str) -> Family:
+    """The row of a model type, or that of a model of which nothing is known."""
+    return FAMILIES.get(model_type, Family())
+
+
 def family_of(config: Mapping[str, Any]) -> Family:
-    """The row of the language model that ``config`` describes, or the row of what every unknown model is."""
-    return FAMILIES.get(str(config.get("model_type")), Family())
+    """The row of the language model that ``config`` describes, or that of a model of which nothing is known."""
+    return family_named(str(config.get("model_type")))
 
 
 @dataclass(frozen=True)
