@@ -100,7 +100,7 @@ def default_classes() -> ModelClasses:
     """
     load = _named("mlx_lm.utils", "load_model", "get_model_classes")
     default: ModelClasses = inspect.signature(load).parameters["get_model_classes"].default
-    if not callable(default):
+    if default is inspect.Parameter.empty:
         raise UpstreamError("mlx_lm.utils.load_model has no default for 'get_model_classes'")
     return default
 
