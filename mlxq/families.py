@@ -1,8 +1,8 @@
 """What is known of model families beyond what their configs and modules show, in one table.
 
-A family is a row, by the ``model_type`` of its language model. A model that has no row works by its config and its
-modules alone: a row is for what neither says. It stands on the ground, because sources read it too: a GGUF file has
-no ``config.json``, and what llama.cpp leaves out of its metadata is a fact of the family.
+A family is a row, by the ``model_type`` of the model or of its language part. A model that has no row works by its
+config and its modules alone: a row is for what neither says. It stands on the ground, because sources read it too: a
+GGUF file has no ``config.json``, and what llama.cpp leaves out of its metadata is a fact of the family.
 
 The names of parts (towers, prediction heads, buffers) are shared by all families: no two of them mean different
 things by one name.
@@ -13,7 +13,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,7 +20,8 @@ class Family:
     """Facts of one family, as ``mlx_lm`` 0.32 runs it.
 
     ``rotating``: layers with a window are kept in a cache of the window's size; elsewhere every token is kept,
-    whatever the config says of windows. ``window_keys``: what the config calls the window. ``global_every``: one
+    whatever the config says of windows. ``chunked``: that cache is cut to the window, and grows by a step before it
+    is cut again. ``window_keys``: what the config calls the window. ``global_every``: one
     layer in so many attends to everything, where the config does not say. ``windowed_attention``: every attention
     has the window, though the config calls it plain. ``all_state``: no layer attends, each keeps a constant state.
     ``state_beside_attention``: every layer keeps a state, those that attend too. ``expanded_latent``: the latent of
@@ -30,6 +30,7 @@ class Family:
     """
 
     rotating: bool = False
+    chunked: bool = False
     window_keys: tuple[str, ...] = (
         "sliding_window",
         "sliding_window_size",
@@ -45,7 +46,6 @@ class Family:
     own_head: bool = True
 
 
-_CHUNKED = Family(rotating=True, window_keys=("attention_chunk_size",), global_every=4)
 _GEMMA3 = Family(rotating=True, global_every=6)
 _ROTATING = Family(rotating=True)
 _STATE = Family(all_state=True)
@@ -72,8 +72,7 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_oss": Family(rotating=True, global_every=2),
     "laguna": _ROTATING,
     "llama": _ROTATING,
-    "llama4": _CHUNKED,
-    "llama4_text": _CHUNKED,
+    "llama4": Family(rotating=True, chunked=True, window_keys=("attention_chunk_size",), global_every=4),
     "longcat_flash": _TWO_ATTENTIONS,
     "longcat_flash_ngram": _TWO_ATTENTIONS,
     "mamba": _STATE,
@@ -98,11 +97,6 @@ FAMILIES: Mapping[str, Family] = {
 def family_named(model_type: str) -> Family:
     """The row of a model type, or that of a model of which nothing is known."""
     return FAMILIES.get(model_type, Family())
-
-
-def family_of(config: Mapping[str, Any]) -> Family:
-    """The row of the language model that ``config`` describes, or that of a model of which nothing is known."""
-    return family_named(str(config.get("model_type")))
 
 
 @dataclass(frozen=True)

@@ -99,10 +99,11 @@ def default_classes() -> ModelClasses:
     Expected: raises ValueError with "Model type X not supported" where there is no such architecture.
     """
     load = _named("mlx_lm.utils", "load_model", "get_model_classes")
-    default: ModelClasses = inspect.signature(load).parameters["get_model_classes"].default
+    default = inspect.signature(load).parameters["get_model_classes"].default
     if default is inspect.Parameter.empty:
         raise UpstreamError("mlx_lm.utils.load_model has no default for 'get_model_classes'")
-    return default
+    classes: ModelClasses = default
+    return classes
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -5,14 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlxq.families import family_of
+from mlxq.families import FAMILIES, Family
 from mlxq.tensors import DTYPE_BY_NAME
+
+# Where the config of a model of several parts has that of its language model.
+_NESTED = ("text_config", "llm_config", "language_config")
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The row of the model that ``config`` describes, else that of its language model, else what nothing is known of.
+
+    The model as a whole comes first: it may run its language model otherwise than that would run alone.
+    """
+    nested = [config[key].get("model_type") for key in _NESTED if isinstance(config.get(key), Mapping)]
+    return next((FAMILIES[name] for name in (config.get("model_type"), *nested) if name in FAMILIES), Family())
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The language model's part of a config: nested ones (``text_config``, ``llm_config``) over the outer."""
     merged = dict(config)
-    for key in ("text_config", "llm_config", "language_config"):
+    for key in _NESTED:
         if isinstance(config.get(key), Mapping):
             merged.update(config[key])
     return merged
@@ -78,8 +90,7 @@ def ties_head(config: Mapping[str, Any], *, has_head: bool) -> bool:
     The config's word (of the language model, else of the whole) counts; where it has none, a model that stores no
     head of its own has none. Some families never have one. ``has_head`` says whether one is stored.
     """
-    inner = text_config(config)
-    if not family_of(inner).own_head:
+    if not family_of(config).own_head:
         return True
-    stated = inner.get("tie_word_embeddings")
+    stated = text_config(config).get("tie_word_embeddings")
     return not has_head if stated is None else bool(stated)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mlxq.architecture.config import experts_per_token, first_int, layer_count, text_config
-from mlxq.families import family_of
+from mlxq.architecture.config import experts_per_token, family_of, first_int, layer_count, text_config
+from mlxq.families import Family
 
 # mlx_lm caches grow by this many tokens, and prompts are read in chunks of this many.
 CACHE_STEP = 256
@@ -47,20 +47,21 @@ def kv_cache_bytes(config: Mapping[str, Any], context: int) -> int:
       where it has an indexer; in families whose latent ``mlx_lm`` caches expanded, T * heads * (qk_nope_head_dim +
       qk_rope_head_dim + v_head_dim);
     - sliding attention, in the families that ``mlx_lm`` keeps rotating caches for: as attention, with T at
-      most the window;
+      most the window, and one step more where they are chunked;
     - state-space, linear attention and short convolutions: constant, counted in fp32 (an upper bound);
     - layers that share another's cache (``num_kv_shared_layers``), MLP-only layers: nothing.
     """
-    config = text_config(config)
+    family, config = family_of(config), text_config(config)
     total = 0
-    for index, kind in enumerate(_layer_kinds(config)):
-        if kind == "state" or family_of(config).state_beside_attention:
+    for index, kind in enumerate(_layer_kinds(config, family)):
+        if kind == "state" or family.state_beside_attention:
             total += _STATE_ITEM_BYTES * _state_numbers(config)
         if kind == "full":
-            total += _stepped(context) * _attention_numbers(config, index, sliding=False) * _CACHE_ITEM_BYTES
+            total += _stepped(context) * _attention_numbers(config, family, index, sliding=False) * _CACHE_ITEM_BYTES
         if kind == "sliding":
-            tokens = min(_stepped(context), _window(config) or context)
-            total += tokens * _attention_numbers(config, index, sliding=True) * _CACHE_ITEM_BYTES
+            most = (_window(config, family) or context) + (CACHE_STEP if family.chunked else 0)
+            tokens = min(_stepped(context), most)
+            total += tokens * _attention_numbers(config, family, index, sliding=True) * _CACHE_ITEM_BYTES
     return total
 
 
@@ -68,14 +69,13 @@ def _stepped(context: int) -> int:
     return math.ceil(context / CACHE_STEP) * CACHE_STEP
 
 
-def _layer_kinds(config: Mapping[str, Any]) -> list[str]:
+def _layer_kinds(config: Mapping[str, Any], family: Family) -> list[str]:
     """What each layer remembers: ``full``, ``sliding``, ``state`` or ``none``."""
     count = layer_count(config) or 0
-    kinds = _stated_kinds(config, count) or _patterned_kinds(config, count)
-    family = family_of(config)
+    kinds = _stated_kinds(config, count) or _patterned_kinds(config, family, count)
     if family.windowed_attention:
         kinds = ["sliding" if kind == "full" else kind for kind in kinds]
-    if not family.rotating or not _window(config):
+    if not family.rotating or not _window(config, family):
         kinds = ["full" if kind == "sliding" else kind for kind in kinds]
     shared = first_int(config, "num_kv_shared_layers") or 0
     return [kind if index < count - shared else "none" for index, kind in enumerate(kinds)]
@@ -90,9 +90,8 @@ def _stated_kinds(config: Mapping[str, Any], count: int) -> list[str] | None:
     return None
 
 
-def _patterned_kinds(config: Mapping[str, Any], count: int) -> list[str]:
+def _patterned_kinds(config: Mapping[str, Any], family: Family, count: int) -> list[str]:
     """Kinds from configs that give a rule."""
-    family = family_of(config)
     layers = range(count)
     if family.all_state:
         return ["state"] * count
@@ -115,21 +114,21 @@ def _patterned_kinds(config: Mapping[str, Any], count: int) -> list[str]:
     return ["full"] * count
 
 
-def _window(config: Mapping[str, Any]) -> int | None:
-    return first_int(config, *family_of(config).window_keys)
+def _window(config: Mapping[str, Any], family: Family) -> int | None:
+    return first_int(config, *family.window_keys)
 
 
-def _attention_numbers(config: Mapping[str, Any], index: int, *, sliding: bool) -> int:
+def _attention_numbers(config: Mapping[str, Any], family: Family, index: int, *, sliding: bool) -> int:
     """Numbers that layer ``index`` caches for one token."""
     heads = _of_layer(config, index, "num_attention_heads", "n_heads", "n_head", "num_heads", "num_query_heads") or 1
     rank, rope = first_int(config, "kv_lora_rank"), first_int(config, "qk_rope_head_dim") or 0
     if rank:
-        if family_of(config).expanded_latent:
+        if family.expanded_latent:
             nope = first_int(config, "qk_nope_head_dim") or 0
             values = first_int(config, "v_head_dim") or (first_int(config, "hidden_size") or 0) // heads
             return heads * (nope + rope + values)
         indexer = 2 * (first_int(config, "index_head_dim") or 0)
-        return (rank + rope + indexer) * family_of(config).attentions_per_layer
+        return (rank + rope + indexer) * family.attentions_per_layer
     kv_heads = _of_layer(config, index, "num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_head_kv") or heads
     if config.get("multi_query"):
         kv_heads = 1
