@@ -116,6 +116,7 @@ class Part:
         return any(self.component.fullmatch(component) for component in name.split("."))
 
 
+PREDICTION_HEAD = Part("prediction head", re.compile(r"mtp(_\w+)?"))
 PARTS = (
     Part(
         "vision tower",
@@ -128,8 +129,8 @@ PARTS = (
         ability=True,
     ),
     Part("audio tower", re.compile(r"audio_tower|embed_audio"), ability=True),
-    Part("prediction head", re.compile(r"mtp(_\w+)?")),
-    Part("buffer", re.compile(r"inv_freq|masked_bias")),
+    PREDICTION_HEAD,
+    Part("buffers, which are computed anew", re.compile(r"inv_freq|masked_bias")),
 )
 
 # What checkpoints call the token embedding, and a head of its own.

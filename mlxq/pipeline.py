@@ -93,12 +93,12 @@ def prepare(
     """
     source = resolve(model, trusted=options.trust_remote_code, on_wait=on_wait)
     architecture = bind(source)
-    remarks: tuple[str, ...] = ()
+    remarks = tuple(map(str, architecture.left_out))
     if recipe.method != "rtn" and recipe.calibration.has_text:
         reason = not_sequential(source, architecture, trust_remote_code=options.trust_remote_code)
         if reason is not None:
             recipe = replace(recipe, calibration=Calibration(("none",)))
-            remarks = (f"calibration cannot follow this model ({reason}), so weights alone decide",)
+            remarks += (f"calibration cannot follow this model ({reason}), so weights alone decide",)
     return make_plan(
         source,
         recipe,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mlxq.architecture.config import declared_dtype
+from mlxq.architecture.left_out import LeftOut, left_out
 from mlxq.architecture.opening import open_lazily, openable_folder
 from mlxq.architecture.origins import check_float8
 from mlxq.architecture.roles import tied_head
@@ -65,6 +66,8 @@ class Architecture:
     tied_head: str | None
     declared_dtype: str | None
     config: Mapping[str, Any]
+    left_out: tuple[LeftOut, ...] = ()
+    """Parts of the source that the MLX model does not have."""
 
 
 def bind(source: ModelSource) -> Architecture:
@@ -83,14 +86,17 @@ def bind(source: ModelSource) -> Architecture:
         head = tied_head(model, config)
     _check_numbers(source, modules, parameters)
     layers = getattr(model, "layers", None)
+    layer_count = len(layers) if layers is not None else int(config.get("num_hidden_layers", 0))
+    taken = {parameter.source for parameter in parameters if parameter.source}
     return Architecture(
         model_type=str(config["model_type"]),
-        layer_count=len(layers) if layers is not None else int(config.get("num_hidden_layers", 0)),
+        layer_count=layer_count,
         parameters=parameters,
         modules=modules,
         tied_head=head,
         declared_dtype=declared_dtype(config),
         config=_output_config(model, config),
+        left_out=left_out(source.tensors, [p.spec.name for p in parameters], taken, layer_count),
     )
 
 

@@ -68,6 +68,8 @@ def make_card(report: Mapping[str, Any], name: str, folder: Path, plot: str | No
     if base_model:
         owned |= {"base_model": base_model, "base_model_relation": "quantized"}
     tags = ["mlx", *(["conversational"] if has_chat_template(folder) else [])]
+    if any(part["ability"] for part in report.get("left_out", ())):
+        carried["pipeline_tag"] = "text-generation"
     carried.setdefault("pipeline_tag", "text-generation")
     carried["tags"] = list(dict.fromkeys([*tags, *carried.get("tags", ())]))
     parts = (_summary(report), _use(name, folder), _done(report), _measured(report, plot), _reproduce(report, name))

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "parameter_count": plan.parameter_count,
         "bits_per_weight": plan.bits_per_weight,
         "modules": [_module(decision) for decision in plan.decisions],
+        "left_out": [asdict(part) for part in plan.architecture.left_out],
         "notes": list(plan.notes),
         "budget": plan.spending,
     }
@@ -84,6 +86,7 @@ def build_report(
         "recipe": facts["recipe"],
         "options": dict(options),
         "modules": facts["modules"],
+        "left_out": facts["left_out"],
         "notes": facts["notes"],
         "budget": facts["budget"],
         "metrics": {
