@@ -79,9 +79,8 @@ def vision_model(folder: Path) -> Path:
 
 def test_a_dropped_tower_is_in_the_plan_the_report_and_on_the_card(tmp_path: Path) -> None:
     source = vision_model(tmp_path / "m")
-    plan = json.loads(
-        CliRunner().invoke(app, ["quantize", "4bit", "--model", str(source), "--dry-run", "--json"]).stdout
-    )
+    arguments = ["quantize", "4bit", "--model", str(source)]
+    plan = json.loads(CliRunner().invoke(app, [*arguments, "--dry-run", "--json"]).stdout)
     (part,) = plan["left_out"]
     assert (part["label"], part["tensors"], part["nbytes"], part["ability"]) == ("vision tower", 1, 128, True)
     assert any("vision tower" in note for note in plan["notes"])
