@@ -57,7 +57,7 @@ def command(
     Example: mlxq compare ./original ./original-4bit mixed_4_6 --gate 'kl_mean<0.05' --html report.html
     """
     from mlxq.errors import BadInputError, GateError
-    from mlxq.machine.runtime import load_blas
+    from mlxq.machine.blas import load_blas
     from mlxq.recipe.gates import check_gates, parse_gate
     from mlxq.show.console import console
 

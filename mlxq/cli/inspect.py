@@ -52,7 +52,7 @@ def command(
                 "Leave them out, or leave out --recipe.",
             )
         from mlxq.cli.writing import say_waiting, show_plan
-        from mlxq.machine.runtime import load_blas
+        from mlxq.machine.blas import load_blas
         from mlxq.recipe.load import load_recipe
 
         loaded = load_recipe(recipe)

@@ -90,7 +90,7 @@ def command(
     _check_together(recipe, locked, sets, bpw, size, frontier, plot)
     spending = target = None
     if locked is not None:
-        from mlxq.machine.runtime import load_blas
+        from mlxq.machine.blas import load_blas
 
         load_blas()
         from mlxq.pipeline import differing_files, prepare_locked
@@ -109,7 +109,7 @@ def command(
 
             # Said now, not after hours of work.
             check_login()
-        from mlxq.machine.runtime import load_blas
+        from mlxq.machine.blas import load_blas
 
         load_blas()
         from mlxq.pipeline import Options, default_output, prepare
