@@ -9,10 +9,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxq.architecture.bind import bind, open_lazily
+from mlxq.architecture.bind import bind
+from mlxq.architecture.opening import open_lazily
 from mlxq.budget.spend import Scoring, Spending, spend
 from mlxq.calibration.streamed import not_sequential
 from mlxq.errors import BadInputError, MlxqError, RecipeError
+from mlxq.headers import read_file_header
 from mlxq.machine.runtime import peak_rss_bytes
 from mlxq.methods.formats import Format
 from mlxq.metrics.size import measure_size
@@ -22,7 +24,6 @@ from mlxq.recipe.load import Calibration, Recipe, load_recipe, recipe_from_dict
 from mlxq.retry import Waiting
 from mlxq.sources.download import Downloading, fetch, fetch_companions
 from mlxq.sources.resolve import resolve
-from mlxq.sources.safetensors import read_file_header
 from mlxq.writing.disk_space import check_room
 from mlxq.writing.execute import Progress, execute
 from mlxq.writing.folder import PartialFolder
@@ -94,13 +95,13 @@ def prepare(
     ``on_event`` is told what is waited for and what is fetched.
     """
     source = resolve(model, trusted=options.trust_remote_code, on_event=on_event)
-    architecture = bind(source, trust_remote_code=options.trust_remote_code)
-    remarks: tuple[str, ...] = ()
+    architecture = bind(source)
+    remarks = tuple(map(str, architecture.left_out))
     if recipe.method != "rtn" and recipe.calibration.has_text:
         reason = not_sequential(source, architecture, trust_remote_code=options.trust_remote_code)
         if reason is not None:
             recipe = replace(recipe, calibration=Calibration(("none",)))
-            remarks = (f"calibration cannot follow this model ({reason}), so weights alone decide",)
+            remarks += (f"calibration cannot follow this model ({reason}), so weights alone decide",)
     return make_plan(
         source,
         recipe,

@@ -14,8 +14,8 @@ import pytest
 from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
-from mlxq.architecture.bind import open_lazily
 from mlxq.architecture.inspection import inspect_model
+from mlxq.architecture.opening import open_lazily
 from mlxq.cli import app
 from mlxq.errors import BadInputError
 from mlxq.metrics.forward import evaluation_model

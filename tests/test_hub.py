@@ -17,9 +17,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxq.architecture.bind import encode_header
 from mlxq.errors import MlxqError
 from mlxq.files import sha256_file
+from mlxq.headers import encode_header
 from mlxq.pipeline import Finished, Options, prepare, run
 from mlxq.recipe.load import load_recipe
 from mlxq.retry import Waiting

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlxq.architecture.bind import Module
+from mlxq.architecture.kv_cache import activation_bytes, kv_cache_bytes
+from mlxq.architecture.roles import routers
 from mlxq.budget.allocate import Allocation, Option, allocate, frontier
 from mlxq.calibration.cache import ScoreCache, scores_key
 from mlxq.calibration.measured import Assignment, measured_divergences
@@ -19,7 +20,7 @@ from mlxq.calibration.text import TextInfo
 from mlxq.calibration.tokens import CalibrationText, calibration_text
 from mlxq.errors import BadInputError
 from mlxq.machine.devices import find_device, this_machine
-from mlxq.machine.memory import kv_cache_bytes, overhead_bytes
+from mlxq.machine.memory import weight_room
 from mlxq.methods.encode import Guide, encode
 from mlxq.methods.encoded import decode
 from mlxq.methods.formats import Format, fallback, layout
@@ -214,14 +215,14 @@ def spend(
 def options_of(draft: Plan) -> dict[str, tuple[Format, ...]]:
     """The formats that each module the budget decides may take: those that fit its width and what the model asks."""
     modules = {module.path: module for module in draft.architecture.modules}
-    routers = _routers(draft.architecture.modules)
+    choosers = routers(draft.architecture.modules)
     found = {}
     for decision in draft.decisions:
         module = modules[decision.path]
         if decision.by != BY_BUDGET or not decision.quantizable or module.asked is False:
             continue
         least = module.asked.bits if isinstance(module.asked, Format) else 0
-        least = max(least, ROUTER_BITS if decision.path in routers else 0)
+        least = max(least, ROUTER_BITS if decision.path in choosers else 0)
         fitting = (fallback(decision.shape[-1], fmt) for fmt in draft.recipe.options if fmt.bits >= least)
         formats = tuple(dict.fromkeys(fmt for fmt in fitting if fmt is not None))
         if not formats and isinstance(module.asked, Format):
@@ -229,15 +230,6 @@ def options_of(draft: Plan) -> dict[str, tuple[Format, ...]]:
         if formats:
             found[decision.path] = formats
     return found
-
-
-def _routers(modules: Sequence[Module]) -> frozenset[str]:
-    """Layers that choose among experts: one output for each expert of a stack that lies beside or below them."""
-    # A convolution's weight has three axes too, but is none of what can be quantized.
-    experts = [m for m in modules if len(m.shape) == 3 and m.quantizable]
-    stacks = {(m.path.rsplit(".", 2)[0], m.shape[0]) for m in experts}
-    stacks |= {(m.path.rpartition(".")[0], m.shape[0]) for m in experts}
-    return frozenset(m.path for m in modules if len(m.shape) == 2 and (m.path.rpartition(".")[0], m.shape[0]) in stacks)
 
 
 def budget_bytes(draft: Plan, budget: Budget) -> int:
@@ -252,8 +244,8 @@ def budget_bytes(draft: Plan, budget: Budget) -> int:
     assert budget.device is not None
     device = this_machine() if budget.device == "this-machine" else find_device(budget.device)
     config = draft.source.config
-    beside = kv_cache_bytes(config, budget.context) + overhead_bytes(config, budget.context)
-    return device.usable_bytes - beside - headers
+    cache, activations = kv_cache_bytes(config, budget.context), activation_bytes(config, budget.context)
+    return weight_room(device, kv_cache_bytes=cache, activation_bytes=activations) - headers
 
 
 def _check_room(draft: Plan, formats: Mapping[str, tuple[Format, ...]], fixed: int, room: int, budget: Budget) -> None:

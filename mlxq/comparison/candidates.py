@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxq.architecture.bind import open_lazily
+from mlxq.architecture.opening import open_lazily
 from mlxq.comparison.measure import Candidate, folder_candidate, stored_layer_bits
 from mlxq.errors import BadInputError
 from mlxq.metrics.size import Size

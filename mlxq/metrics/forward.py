@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from mlxq import upstream
 from mlxq.errors import MlxqError
 
 if TYPE_CHECKING:
@@ -90,7 +91,6 @@ def _replacements() -> dict[type, Callable[[nn.Module, bool, mx.Dtype | None], n
     """MLX's matrix modules, quantized and not -> what stands in for them."""
     import mlx.core as mx
     import mlx.nn as nn
-    from mlx_lm.models import mla, switch_layers
 
     class Matrix(nn.Module):  # type: ignore[misc]
         """A weight (..., rows, columns) that multiplies in fp32, whatever it is stored as.
@@ -177,10 +177,8 @@ def _replacements() -> dict[type, Callable[[nn.Module, bool, mx.Dtype | None], n
         nn.QuantizedLinear: Linear,
         nn.Embedding: Embedding,
         nn.QuantizedEmbedding: Embedding,
-        switch_layers.SwitchLinear: SwitchLinear,
-        switch_layers.QuantizedSwitchLinear: SwitchLinear,
-        mla.MultiLinear: MultiLinear,
-        mla.QuantizedMultiLinear: MultiLinear,
+        **dict.fromkeys(upstream.switch_linears(), SwitchLinear),
+        **dict.fromkeys(upstream.multi_linears(), MultiLinear),
     }
 
 

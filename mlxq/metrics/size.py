@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.errors import MlxqError
+from mlxq.headers import read_file_header, read_json
 from mlxq.methods.formats import MODES, TERNARY_PER_BYTE, TERNARY_SCALE
-from mlxq.sources.safetensors import read_file_header, read_json
 from mlxq.tensors import TensorSpec
 
 

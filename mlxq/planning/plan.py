@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlxq.architecture.bind import Architecture, Module, Parameter, encode_header
+from mlxq.architecture.bind import Architecture, Module, Parameter
 from mlxq.errors import BadInputError, RecipeError
+from mlxq.headers import encode_header
 from mlxq.methods.encode import method_for
 from mlxq.methods.formats import TERNARY_PER_BYTE, Format, fallback, layout
 from mlxq.recipe.load import Recipe, Rule

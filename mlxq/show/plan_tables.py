@@ -16,9 +16,9 @@ from mlxq.show.tables import facts_table, plain_table, shape_text, size_text
 from mlxq.tensors import FLOAT_DTYPES
 
 if TYPE_CHECKING:
-    from mlxq.metrics.generation import Generation
     from mlxq.pipeline import Finished
     from mlxq.planning.plan import Plan
+    from mlxq.running.question import Generation
     from mlxq.tensors import TensorSpec
     from mlxq.writing.disk_space import Room
 

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mlxq.architecture.bind import open_lazily
+from mlxq import upstream
+from mlxq.architecture.opening import open_lazily
 from mlxq.arrays import as_bytes, as_matrix, to_mlx
 from mlxq.calibration.guided import guided_weights
 from mlxq.errors import MlxqError
@@ -105,9 +106,10 @@ def execute(
     Raises MlxqError where a source cannot be read or the disk is full; finished steps stay in the journal.
     """
     import mlx.core as mx
-    import mlx_lm.utils  # noqa: F401  (imported once here: threads must not race to import it)
 
     assert plan.source.remote is None, "the weights are still on the Hub"
+    # Imports mlx_lm, once and here: threads must not race to import it.
+    upstream.default_classes()
     todo = [step for step in steps or plan.steps if step.path not in folder.done]
     total = plan.weight_bytes
     written = sum(spec.nbytes for step in plan.steps if step.path in folder.done for spec in step.outputs)

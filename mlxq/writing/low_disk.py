@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mlxq.architecture.bind import origins
+from mlxq.architecture.origins import origins
 from mlxq.errors import BadInputError
 from mlxq.planning.plan import Plan, Step
 from mlxq.retry import Waiting
@@ -125,7 +125,7 @@ def _shards_needed(plan: Plan, *, trust_remote_code: bool) -> Iterator[tuple[Ste
     """Each step, and the weight files that hold what it is made from."""
     made_from: Mapping[str, frozenset[str]] = {}
     if any(step.source is None for step in plan.steps):
-        made_from = origins(plan.source, trust_remote_code=trust_remote_code)
+        made_from = origins(plan.source)
     for step in plan.steps:
         if step.source is not None:
             tensors = frozenset([step.source])

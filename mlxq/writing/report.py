@@ -6,17 +6,17 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mlxq import __version__
-from mlxq.architecture.bind import encode_header
 from mlxq.errors import BadInputError
 from mlxq.files import sha256_file
+from mlxq.headers import encode_header, read_json
 from mlxq.metrics.size import Size
 from mlxq.planning.plan import Decision, Plan
 from mlxq.sources.base import ModelSource
-from mlxq.sources.safetensors import read_json
 
 FILE_NAME = "mlxq.json"
 SCHEMA_VERSION = 1
@@ -47,6 +47,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "parameter_count": plan.parameter_count,
         "bits_per_weight": plan.bits_per_weight,
         "modules": [_module(decision) for decision in plan.decisions],
+        "left_out": [asdict(part) for part in plan.architecture.left_out],
         "notes": list(plan.notes),
         "budget": plan.spending,
     }
@@ -85,6 +86,7 @@ def build_report(
         "recipe": facts["recipe"],
         "options": dict(options),
         "modules": facts["modules"],
+        "left_out": facts["left_out"],
         "notes": facts["notes"],
         "budget": facts["budget"],
         "metrics": {

@@ -39,7 +39,7 @@ def make_checkpoint(folder: Path, config: dict[str, Any] = CONFIG) -> None:
     import numpy as np
 
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from mlxq.architecture.bind import encode_header
+    from mlxq.headers import encode_header
     from mlxq.tensors import TensorSpec
     from tests.checkpoints import make_tokenizer
 
