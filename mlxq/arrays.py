@@ -36,3 +36,21 @@ def as_matrix(array: mx.array) -> npt.NDArray[Any]:
 
     plain = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
     return np.asarray(plain.reshape(-1, array.shape[-1] if array.ndim else 1))
+
+
+def all_finite(array: mx.array) -> mx.array:
+    """Whether no number of a float array is NaN or infinite, as a scalar yet to be evaluated.
+
+    Such a number has every bit of its exponent set, so the largest magnitude, read as an integer, shows it. That
+    is one pass over integers where ``mx.isfinite`` makes half a dozen over booleans: on a CPU it costs as much as
+    ``mx.quantize``.
+    """
+    import mlx.core as mx
+
+    integers, infinity = {
+        mx.float16: (mx.int16, 0x7C00),
+        mx.bfloat16: (mx.int16, 0x7F80),
+        mx.float32: (mx.int32, 0x7F80_0000),
+    }[array.dtype]
+    magnitudes = array.view(integers) & mx.array((1 << (8 * array.itemsize - 1)) - 1, integers)
+    return magnitudes.max() < infinity
