@@ -95,7 +95,8 @@ except SystemExit as exit:
 wall = time.perf_counter() - began
 used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 cpu = sum(each.ru_utime + each.ru_stime for each in used)
-print("MEASURED", wall, cpu, used[0].ru_maxrss * (1 if sys.platform == "darwin" else 1024), file=sys.stderr)
+from mlxq.machine.runtime import peak_rss_bytes
+print("MEASURED", wall, cpu, peak_rss_bytes(), file=sys.stderr)
 """
 
 
