@@ -57,7 +57,7 @@ def command(
     Example: mlxq compare ./original ./original-4bit mixed_4_6 --gate 'kl_mean<0.05' --html report.html
     """
     from mlxq.errors import BadInputError, GateError
-    from mlxq.machine.runtime import load_blas
+    from mlxq.machine.blas import load_blas
     from mlxq.recipe.gates import check_gates, parse_gate
     from mlxq.show.console import console
 
@@ -184,7 +184,7 @@ def _show(
     from mlxq.comparison import charts
     from mlxq.comparison.measure import verdict
     from mlxq.comparison.report import comparison_facts, comparison_html, comparison_markdown, footnotes
-    from mlxq.show import tables
+    from mlxq.show import comparison_tables
     from mlxq.show.console import console
 
     if html is not None:
@@ -201,9 +201,9 @@ def _show(
     elif markdown:
         console.text(comparison_markdown(comparison, gates))
     else:
-        for table in tables.comparison_tables(comparison):
+        for table in comparison_tables.comparison_tables(comparison):
             console.show(table)
-        for table in tables.answer_tables(comparison):
+        for table in comparison_tables.answer_tables(comparison):
             console.show(table)
         for result in comparison.candidates:
             console.text(verdict(result, comparison.reference) + ".")

@@ -43,7 +43,7 @@ def command(
     """
     from mlxq.cli.writing import say_waiting, show_plan, write_model
     from mlxq.errors import BadInputError
-    from mlxq.machine.runtime import load_blas
+    from mlxq.machine.blas import load_blas
     from mlxq.recipe.load import recipe_from_dict
     from mlxq.show.console import console
 

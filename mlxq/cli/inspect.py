@@ -52,7 +52,7 @@ def command(
                 "Leave them out, or leave out --recipe.",
             )
         from mlxq.cli.writing import say_waiting, show_plan
-        from mlxq.machine.runtime import load_blas
+        from mlxq.machine.blas import load_blas
         from mlxq.recipe.load import load_recipe
 
         loaded = load_recipe(recipe)
@@ -73,25 +73,25 @@ def command(
     from mlxq.machine.devices import find_device, this_machine
     from mlxq.machine.memory import estimate, fit
     from mlxq.recipe.load import shipped_recipes
-    from mlxq.show import tables
+    from mlxq.show import inspection_tables
 
-    source = resolve(model, tokenizer=text is not None, trust_remote_code=trust_remote_code, on_wait=say_waiting)
+    source = resolve(model, tokenizer=text is not None, trusted=trust_remote_code, on_wait=say_waiting)
     machine = find_device(device) if device else this_machine()
     found = inspect_model(source, context)
     encoding = encode_text(source, text) if text is not None else None
-    modules = tables.chosen_modules(found, match)
+    modules = inspection_tables.chosen_modules(found, match)
     fits = []
     for shipped in shipped_recipes():
         guess = estimate(found, shipped)
         reckoned = fit(guess.weight_bytes, found.config, context, machine, read_bytes=guess.read_bytes)
         fits.append((shipped.name, reckoned))
     if console.as_json:
-        console.json(tables.inspection_facts(found, modules, machine, fits, encoding))
+        console.json(inspection_tables.inspection_facts(found, modules, machine, fits, encoding))
         return
-    console.show(tables.inspection_table(found))
-    console.show(tables.module_table(modules, folded=not layers))
+    console.show(inspection_tables.inspection_table(found))
+    console.show(inspection_tables.module_table(modules, folded=not layers))
     if encoding is not None:
-        console.show(tables.encoding_table(encoding))
-    console.show(tables.fit_heading(machine, context))
-    console.show(tables.fit_table(fits, machine))
+        console.show(inspection_tables.encoding_table(encoding))
+    console.show(inspection_tables.fit_heading(machine, context))
+    console.show(inspection_tables.fit_table(fits, machine))
     console.note(f"Sizes are estimates from the headers. To the byte: mlxq quantize RECIPE --model {model} --dry-run")

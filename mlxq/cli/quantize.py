@@ -90,7 +90,7 @@ def command(
     _check_together(recipe, locked, sets, bpw, size, frontier, plot)
     spending = target = None
     if locked is not None:
-        from mlxq.machine.runtime import load_blas
+        from mlxq.machine.blas import load_blas
 
         load_blas()
         from mlxq.pipeline import differing_files, prepare_locked
@@ -105,11 +105,11 @@ def command(
         if upload and not (dry_run or frontier or why is not None):
             target = loaded.upload
         if target is not None:
-            from mlxq.publish.publish import check_login
+            from mlxq.publish.hub import check_login
 
             # Said now, not after hours of work.
             check_login()
-        from mlxq.machine.runtime import load_blas
+        from mlxq.machine.blas import load_blas
 
         load_blas()
         from mlxq.pipeline import Options, default_output, prepare

@@ -11,7 +11,9 @@ import typer
 from mlxq.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
-    from mlxq.publish.publish import Checked, FileChange, Outlook, Published, Step
+    from mlxq.publish.check import Checked
+    from mlxq.publish.outlook import FileChange, Outlook
+    from mlxq.publish.publish import Doing, Published
     from mlxq.recipe.target import Target
     from mlxq.retry import Waiting
 
@@ -85,7 +87,7 @@ def publish_made(folder: Path, target: Target) -> None:
 
 def _show_preview(folder: Path, target: Target, *, force: bool) -> None:
     from mlxq.publish.publish import preview
-    from mlxq.show import tables
+    from mlxq.show import upload_tables
     from mlxq.show.console import console
 
     checked = _check(folder, target, force=force)
@@ -93,8 +95,8 @@ def _show_preview(folder: Path, target: Target, *, force: bool) -> None:
     if console.as_json:
         console.json(_preview_facts(outlook, target))
         return
-    console.show(tables.upload_table(outlook))
-    console.show(tables.upload_summary(target, outlook))
+    console.show(upload_tables.upload_table(outlook))
+    console.show(upload_tables.upload_summary(target, outlook))
     console.text(f"\nREADME.md:\n\n{outlook.card}")
     console.note("Nothing was sent. Run it without --dry-run to publish the model.")
 
@@ -102,7 +104,7 @@ def _show_preview(folder: Path, target: Target, *, force: bool) -> None:
 def _check(folder: Path, target: Target, *, force: bool) -> Checked:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    from mlxq.publish.publish import check_folder, check_target
+    from mlxq.publish.check import check_folder, check_target
     from mlxq.show.console import console
 
     if console.quiet or not console.at_a_terminal:
@@ -117,7 +119,7 @@ def _check(folder: Path, target: Target, *, force: bool) -> Checked:
     return checked
 
 
-def _finish(events: Iterator[Step | Waiting | Published]) -> Published:
+def _finish(events: Iterator[Doing | Waiting | Published]) -> Published:
     from mlxq.publish.publish import Published
     from mlxq.retry import Waiting
     from mlxq.show.console import console

@@ -78,19 +78,19 @@ def show_plan(
     trust_remote_code: bool = False,
 ) -> None:
     """Print the plan: as JSON, as the reasons for the modules ``why`` matches, or as the whole table."""
-    from mlxq.show import tables
+    from mlxq.show import plan_tables
     from mlxq.writing.disk_space import room_needed
     from mlxq.writing.report import plan_facts
 
     room = room_needed(plan, out, low_disk=low_disk, trust_remote_code=trust_remote_code)
     if console.as_json:
-        facts = {"output": str(out), **plan_facts(plan), "disk": tables.room_facts(room)}
+        facts = {"output": str(out), **plan_facts(plan), "disk": plan_tables.room_facts(room)}
         console.json({"schema": "mlxq.plan", "schema_version": 1, **facts})
     elif why is not None:
-        console.show(tables.why_table(plan, why))
+        console.show(plan_tables.why_table(plan, why))
     else:
-        console.show(tables.plan_table(plan))
-        for line in (*tables.plan_summary(plan), *tables.room_summary(room)):
+        console.show(plan_tables.plan_table(plan))
+        for line in (*plan_tables.plan_summary(plan), *plan_tables.room_summary(room)):
             console.show(line)
         what = "written" if plan.recipe.budget else "read or written"
         console.note(f"Nothing was {what}. Run it without --dry-run to make the model.")
@@ -108,7 +108,7 @@ def write_model(
     """Run a plan with progress, then show the result and the line that tries it."""
     from mlxq.pipeline import Finished, Resumed, check_output, run
     from mlxq.retry import Waiting
-    from mlxq.show.tables import plan_notes
+    from mlxq.show.plan_tables import plan_notes
     from mlxq.sources.download import Downloading
     from mlxq.writing.execute import Progress
 
@@ -155,7 +155,7 @@ def write_model(
 def _show_result(plan: Plan, finished: Finished, seconds: float, *, generate: bool) -> None:
     from mlxq.machine.runtime import free_memory_bytes
     from mlxq.metrics.generation import generate_once
-    from mlxq.show import tables
+    from mlxq.show import plan_tables
     from mlxq.writing.report import write_report
 
     answer = None
@@ -176,6 +176,6 @@ def _show_result(plan: Plan, finished: Finished, seconds: float, *, generate: bo
     if console.as_json:
         console.json({"output": str(finished.out), **finished.report})
         return
-    console.show(tables.result_table(plan, finished, answer, seconds))
+    console.show(plan_tables.result_table(plan, finished, answer, seconds))
     console.show("Try it:")
     console.text(f'  mlx_lm.generate --model {shlex.quote(str(finished.out))} --prompt "Why is the sky blue?"')
