@@ -8,6 +8,7 @@ import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from mlxq import __version__
