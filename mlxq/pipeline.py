@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxq.architecture.bind import bind, open_lazily
 from mlxq.budget.spend import Scoring, Spending, spend
@@ -28,6 +28,9 @@ from mlxq.writing.execute import Progress, execute
 from mlxq.writing.folder import PartialFolder
 from mlxq.writing.low_disk import execute_by_shards
 from mlxq.writing.report import build_report, hash_files, source_facts, write_report
+
+if TYPE_CHECKING:
+    from mlxq.sources.resolve import Event
 
 
 @dataclass(frozen=True)
@@ -84,13 +87,13 @@ def prepare(
     options: Options,
     *,
     allocated: Mapping[str, Format | None] | None = None,
-    on_wait: Callable[[Waiting], None] = lambda _: None,
+    on_event: Callable[[Event], None] = lambda _: None,
 ) -> Plan:
     """Everything up to the plan, from headers only; ``allocated`` are formats that a budget came to earlier.
 
-    ``on_wait`` is told when the Hub lets one wait.
+    ``on_event`` is told what is waited for and what is fetched.
     """
-    source = resolve(model, trusted=options.trust_remote_code, on_wait=on_wait)
+    source = resolve(model, trusted=options.trust_remote_code, on_event=on_event)
     architecture = bind(source, trust_remote_code=options.trust_remote_code)
     remarks: tuple[str, ...] = ()
     if recipe.method != "rtn" and recipe.calibration.has_text:
@@ -236,7 +239,7 @@ def verify(plan: Plan, folder: Path, *, trust_remote_code: bool = False) -> None
 
 
 def prepare_locked(
-    report: dict[str, Any], model: str | None, *, on_wait: Callable[[Waiting], None] = lambda _: None
+    report: dict[str, Any], model: str | None, *, on_event: Callable[[Event], None] = lambda _: None
 ) -> tuple[Plan, Options]:
     """The plan that an ``mlxq.json`` records, on the same source.
 
@@ -253,7 +256,9 @@ def prepare_locked(
         if module["decided_by"] == BY_BUDGET
     }
     recipe = recipe_from_dict(report["recipe"]["resolved"], report["recipe"]["name"])
-    plan = replace(prepare(recipe, name, options, allocated=allocated, on_wait=on_wait), spending=report.get("budget"))
+    plan = replace(
+        prepare(recipe, name, options, allocated=allocated, on_event=on_event), spending=report.get("budget")
+    )
     now = source_facts(plan.source)
     if now["headers_sha256"] != recorded["headers_sha256"]:
         raise BadInputError(

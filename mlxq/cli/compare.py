@@ -72,7 +72,7 @@ def command(
     if not rest:
         raise BadInputError("nothing to compare with the original", "Name models or recipes after it.")
     load_blas()
-    from mlxq.cli.writing import bring_here
+    from mlxq.cli.fetching import bring_here
     from mlxq.comparison.candidates import load_candidate, model_candidate, with_distinct_names
     from mlxq.comparison.measure import Settings, read_prompts
     from mlxq.metrics.forward import on_cpu
@@ -117,6 +117,9 @@ def _measure(
             for event in compare(original, candidates, settings):
                 if isinstance(event, Comparison):
                     done = event
+                    newest = event.results[-1]
+                    if newest.not_timed is not None:
+                        console.warn(f"{newest.name}: speed not measured: {newest.not_timed}")
                 else:
                     meter.update(f"{event.stage}: {event.model}", event.done, event.total, event.eta_s)
         except KeyboardInterrupt:
@@ -131,7 +134,7 @@ def check_recipe_gates(gates: Sequence[str], model: str, out: Path) -> None:
 
     The results go into its ``mlxq.json``. Raises GateError with a line per failed gate.
     """
-    from mlxq.cli.writing import bring_here
+    from mlxq.cli.fetching import bring_here
     from mlxq.comparison.candidates import model_candidate
     from mlxq.comparison.measure import Settings
     from mlxq.errors import GateError
