@@ -13,12 +13,13 @@ import pytest
 
 from mlxq.arrays import all_finite, to_mlx
 from mlxq.errors import MlxqError
+from mlxq.files import sha256_file
 from mlxq.pipeline import Finished, Options, Resumed, prepare, run
 from mlxq.planning.plan import Plan
 from mlxq.recipe.load import load_recipe
 from mlxq.writing import trailing
 from mlxq.writing.execute import Progress
-from mlxq.writing.folder import PartialFolder, sha256_file
+from mlxq.writing.folder import PartialFolder
 from tests.checkpoints import llama
 
 OPTIONS = Options()
