@@ -28,7 +28,7 @@ from mlxq.writing.disk_space import check_room
 from mlxq.writing.execute import Progress, execute
 from mlxq.writing.folder import PartialFolder
 from mlxq.writing.low_disk import execute_by_shards
-from mlxq.writing.report import build_report, source_facts, write_report
+from mlxq.writing.report import build_report, hash_files, source_facts, write_report
 
 if TYPE_CHECKING:
     from mlxq.sources.resolve import Event
@@ -189,7 +189,8 @@ def run(
         verified = time.perf_counter()
         timings = {"execute": executed - began, "verify": verified - executed}
         size = measure_size(partial.folder)
-        report = build_report(plan, size, options.as_dict(), timings, peak, partial.folder)
+        files = hash_files(partial.folder, partial.shard_sha256())
+        report = build_report(plan, size, options.as_dict(), timings, peak, files)
         report["card"] = source_metadata(plan.source)
         write_card(report, partial.folder, out.name)
         write_report(report, partial.folder)

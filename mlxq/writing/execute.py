@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxq import upstream
 from mlxq.architecture.opening import open_lazily
-from mlxq.arrays import as_bytes, as_matrix, to_mlx
+from mlxq.arrays import all_finite, as_bytes, as_matrix, to_mlx
 from mlxq.calibration.guided import guided_weights
 from mlxq.errors import MlxqError
 from mlxq.methods.encode import Guide, encode
@@ -264,7 +264,7 @@ class _Work:
         if step.format is None:
             return self._put(step.spec, as_bytes(rows), start)
         parts = encode(rows, step.format, step.method, guide).arrays()
-        finite = mx.isfinite(rows).all()
+        finite = all_finite(rows)
         mx.eval(parts, finite)
         if not finite.item():
             # Most encoders make ordinary numbers of them, and the damage would not show.

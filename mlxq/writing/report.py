@@ -74,9 +74,9 @@ def build_report(
     options: Mapping[str, bool],
     timings: Mapping[str, float],
     peak_memory_bytes: int,
-    folder: Path,
+    files: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Everything ``mlxq.json`` holds, with a SHA-256 of every file of ``folder``. Timings are in seconds."""
+    """Everything ``mlxq.json`` holds. Timings are in seconds; ``files`` is what ``hash_files`` says of the folder."""
     facts = plan_facts(plan)
     return {
         "schema": "mlxq.report",
@@ -98,18 +98,22 @@ def build_report(
             "peak_memory_bytes": peak_memory_bytes,
         },
         "timings_s": dict(timings),
-        "files": hash_files(folder),
+        "files": dict(files),
     }
 
 
-def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a finished folder but ``mlxq.json`` itself and the work files."""
+def hash_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a finished folder but ``mlxq.json`` itself and the work files.
+
+    ``known``, by name, need not be hashed again.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
+    known = known or {}
     skipped = {FILE_NAME, FILE_NAME + ".new", "journal.jsonl", "lock"}
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.name not in skipped)
     with ThreadPoolExecutor(2) as pool:
-        digests = pool.map(sha256_file, files)
+        digests = pool.map(lambda f: known.get(f.name) or sha256_file(f), files)
         return {f.name: {"bytes": f.stat().st_size, "sha256": d} for f, d in zip(files, digests, strict=True)}
 
 
