@@ -22,9 +22,8 @@ from mlxq.calibration.streamed import not_sequential, streamed_model
 from mlxq.calibration.tokens import calibration_text
 from mlxq.cli import app
 from mlxq.errors import BadInputError
-from mlxq.methods.encode import encode
-from mlxq.methods.encoded import decode
 from mlxq.methods.formats import Format
+from mlxq.methods.rtn import round_to_nearest
 from mlxq.pipeline import Allocated, Finished, Options, allocated_plan, differing_files, prepare, prepare_locked, run
 from mlxq.planning.plan import Plan
 from mlxq.recipe.load import budget_recipe, recipe_from_dict
@@ -235,7 +234,7 @@ def test_scores_predict_what_is_measured(deep: Path) -> None:
     options = {path: (Format(3, 64), Format(4, 64), Format(5, 64), Format(6, 64)) for path in options_of(draft)}
 
     def encoded(path: str, weight: mx.array, fmt: Format, *_: Any) -> mx.array:
-        return decode(encode(weight, fmt, "rtn"), fmt)
+        return fmt.decode(round_to_nearest(weight, fmt).arrays())
 
     with streamed_model(draft.source, draft.architecture) as streamed:
         text = calibration_text(draft.recipe.calibration, streamed)

@@ -6,8 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlxq.methods import gptq as gptq_module
-from mlxq.methods.affine_fit import fit
-from mlxq.methods.encoded import decode
+from mlxq.methods.affine_fit import affine_fit
 from mlxq.methods.formats import Format
 from mlxq.methods.gptq import feedback, gptq, inverse_factor
 
@@ -34,8 +33,8 @@ def weights_of(shape: tuple[int, ...], seed: int) -> mx.array:
 def test_output_error_falls(bits: int, group_size: int) -> None:
     fmt = Format(bits, group_size)
     weight, hessian = weights_of((48, 256), seed=bits), correlated_hessian(256, seed=group_size)
-    plain = output_error(weight, decode(fit(weight, fmt, mx.diagonal(hessian)), fmt), hessian)
-    fed_back = output_error(weight, decode(gptq(weight, fmt, feedback(hessian, fmt.group_size)), fmt), hessian)
+    plain = output_error(weight, fmt.decode(affine_fit(weight, fmt, mx.diagonal(hessian)).arrays()), hessian)
+    fed_back = output_error(weight, fmt.decode(gptq(weight, fmt, feedback(hessian, fmt.group_size)).arrays()), hessian)
     # At 8 bits what is left is the rounding of bf16 scales, which feedback cannot mend as well.
     assert fed_back < (0.8 if bits < 8 else 0.95) * plain
 
@@ -51,7 +50,7 @@ def test_factor_is_that_of_the_inverse() -> None:
 def test_white_inputs_need_no_feedback() -> None:
     """With uncorrelated inputs the columns are independent, and the result is that of ``fit``."""
     weight, fmt = weights_of((16, 128), seed=2), Format(4, 64)
-    ours, plain = gptq(weight, fmt, feedback(mx.eye(128), fmt.group_size)), fit(weight, fmt)
+    ours, plain = gptq(weight, fmt, feedback(mx.eye(128), fmt.group_size)), affine_fit(weight, fmt)
     assert mx.array_equal(ours.weight, plain.weight)
     assert mx.array_equal(ours.scales, plain.scales)
 
@@ -62,10 +61,12 @@ def test_experts_are_encoded_each_with_its_own_hessian(monkeypatch: pytest.Monke
     stacked = gptq(weight, fmt, feedback(hessian, fmt.group_size))
     for expert in range(3):
         alone = gptq(weight[expert], fmt, feedback(hessian[expert], fmt.group_size))
-        assert mx.allclose(decode(stacked, fmt)[expert], decode(alone, fmt), atol=1e-3)
+        assert mx.allclose(fmt.decode(stacked.arrays())[expert], fmt.decode(alone.arrays()), atol=1e-3)
     monkeypatch.setattr(gptq_module, "FACTOR_ELEMENTS", 128 * 128)
     assert mx.allclose(
-        decode(gptq(weight, fmt, feedback(hessian, fmt.group_size)), fmt), decode(stacked, fmt), atol=1e-3
+        fmt.decode(gptq(weight, fmt, feedback(hessian, fmt.group_size)).arrays()),
+        fmt.decode(stacked.arrays()),
+        atol=1e-3,
     )
 
 
@@ -74,5 +75,5 @@ def test_inputs_never_seen_do_no_harm() -> None:
     hessian = correlated_hessian(128, seed=9)
     silent = mx.where((mx.arange(128) < 64)[:, None] | (mx.arange(128) < 64)[None], 0.0, hessian)
     for h in (silent, mx.zeros((128, 128))):
-        decoded = decode(gptq(weight, fmt, feedback(h, fmt.group_size)), fmt)
+        decoded = fmt.decode(gptq(weight, fmt, feedback(h, fmt.group_size)).arrays())
         assert (mx.abs(decoded - weight.astype(mx.float32))).max().item() < 0.05

@@ -6,9 +6,9 @@ import mlx.core as mx
 import pytest
 
 from mlxq.methods.affine_fit import group_weights
-from mlxq.methods.encoded import decode, round_to_nearest
 from mlxq.methods.formats import Format
 from mlxq.methods.mx_fit import mx_fit
+from mlxq.methods.rtn import round_to_nearest
 
 FORMATS = [Format(4, 32, "mxfp4"), Format(4, 16, "nvfp4"), Format(8, 32, "mxfp8")]
 
@@ -23,8 +23,8 @@ def test_no_group_is_worse(fmt: Format) -> None:
         error = (decoded - weight.astype(mx.float32)).reshape(2, 32, -1, fmt.group_size)
         return (weights * error * error).sum(axis=-1)
 
-    fitted = losses(decode(mx_fit(weight, fmt, importance), fmt))
-    rounded = losses(decode(round_to_nearest(weight, fmt), fmt))
+    fitted = losses(fmt.decode(mx_fit(weight, fmt, importance).arrays()))
+    rounded = losses(fmt.decode(round_to_nearest(weight, fmt).arrays()))
     assert bool((fitted <= rounded).all())
     if fmt.bits == 4:
         assert fitted.sum().item() < 0.97 * rounded.sum().item()
@@ -33,4 +33,4 @@ def test_no_group_is_worse(fmt: Format) -> None:
 @pytest.mark.parametrize("fmt", FORMATS, ids=str)
 def test_zeros_stay_zero(fmt: Format) -> None:
     weight = mx.zeros((2, 64), dtype=mx.bfloat16)
-    assert mx.array_equal(decode(mx_fit(weight, fmt), fmt), mx.zeros((2, 64)))
+    assert mx.array_equal(fmt.decode(mx_fit(weight, fmt).arrays()), mx.zeros((2, 64)))

@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-import mlxq.planning.plan
+import mlxq.planning.layout
 from mlxq.errors import RecipeError
 from mlxq.methods.formats import Format
 from mlxq.pipeline import Options, prepare
-from mlxq.planning.plan import Decision, Plan
+from mlxq.planning.plan import By, Decision, Plan
 from mlxq.recipe.load import load_recipe, recipe_from_dict
 from tests.checkpoints import llama, save
 from tests.test_bit_identity import assert_same_bits, checkpoint, quantize, tensors
@@ -29,14 +29,14 @@ def plan_of(model: Path, rules: list[dict[str, Any]], **options: Any) -> Plan:
 
 
 def decision(plan: Plan, path: str) -> Decision:
-    return next(d for d in plan.decisions if d.path == path)
+    return plan.by_path[path]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_many_shards_hold_what_one_file_holds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = checkpoint(tmp_path / "model", name)
     quantize(model, tmp_path / "one", load_recipe("4bit"))
-    monkeypatch.setattr(mlxq.planning.plan, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(mlxq.planning.layout, "SHARD_BYTES", 30_000)
     plan = prepare(load_recipe("4bit"), str(model), Options())
     quantize(model, tmp_path / "many", load_recipe("4bit"))
     files = sorted((tmp_path / "many").glob("model*.safetensors"))
@@ -93,7 +93,7 @@ def test_only_a_rule_that_names_a_router_goes_below_what_the_model_asks(
     found = decision(plan, GATE)
     assert found.format == expected
     assert found.asked == "8:64"
-    assert (found.by == "the model asks for it") == (expected == Format(8, 64))
+    assert (found.by is By.MODEL) == (expected == Format(8, 64))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.methods.formats import MODES, Format
+from mlxq.methods.formats import Format
 from mlxq.recipe.match import layer_index
 from mlxq.sources.base import ModelSource
 from mlxq.tensors import FLOAT_DTYPES, TensorSpec
@@ -276,7 +276,7 @@ def _check_float8(source: ModelSource, model: nn.Module, names: Mapping[int, str
 
     layers = {layer_index(name) for name, spec in source.tensors.items() if spec.dtype == "F8_E4M3"} - {None}
     leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    if not layers or any("scales" in leaf for _, leaf in leaves):
+    if not layers or any(Format.of_module(leaf) for _, leaf in leaves):
         return
     first = min(layer for layer in layers if layer is not None)
     made = [
@@ -329,21 +329,15 @@ def _dtype_code(array: mx.array, path: str) -> str:
 
 
 def _module(path: str, leaf: nn.Module, predicate: Any) -> Module:
-    stored = None
+    stored = Format.of_module(leaf)
     shape = tuple(leaf["weight"].shape)
-    if "scales" in leaf:
-        stored = Format(int(leaf.bits), int(leaf.group_size), str(getattr(leaf, "mode", "affine")))
-        shape = (*shape[:-1], shape[-1] * 32 // stored.bits)
+    if stored:
+        shape = (*shape[:-1], stored.logical_columns(shape[-1]))
     quantizable = hasattr(leaf, "to_quantized")
     asked: bool | Format = True
     if quantizable and predicate is not None:
         said = predicate(path, leaf)
-        if isinstance(said, dict):
-            mode = said.get("mode", "affine")
-            bits, groups = MODES[mode]
-            asked = Format(said.get("bits", bits[0]), said.get("group_size", groups[0]), mode)
-        else:
-            asked = bool(said)
+        asked = Format.from_config(said) if isinstance(said, dict) else bool(said)
     return Module(path, type(leaf).__name__, shape, quantizable, asked, stored)
 
 

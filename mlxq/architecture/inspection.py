@@ -21,7 +21,7 @@ from mlxq.machine.memory import (
     layer_count,
     text_config,
 )
-from mlxq.methods.formats import MODES, TERNARY_PER_BYTE, TERNARY_SCALE, Format
+from mlxq.methods.formats import HELPER_PARTS, TERNARY_PER_BYTE, TERNARY_SCALE, Format
 from mlxq.recipe.match import layer_index
 from mlxq.sources.safetensors import read_json
 from mlxq.tensors import DTYPE_BITS, FLOAT_DTYPES, TensorSpec
@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 # Parts that describe how another tensor of the module is quantized, and hold no parameters of their own.
 _HELPERS = frozenset(
     [
-        "scales",
-        "biases",
+        *HELPER_PARTS,
         "qzeros",
         "g_idx",
         "weight_scale",
@@ -296,7 +295,7 @@ def _logical(
     bits = DTYPE_BITS[spec.dtype]
     if part == "weight" and spec.dtype == "U32" and "scales" in specs and config.get("quantization"):
         fmt = _mlx_format(path, config["quantization"])
-        return (*spec.shape[:-1], spec.shape[-1] * 32 // fmt.bits), fmt.bits, fmt
+        return (*spec.shape[:-1], fmt.logical_columns(spec.shape[-1])), fmt.bits, fmt
     if part == "qweight":
         packed = int(hf.get("bits", 4))
         rows, columns = spec.shape
@@ -320,9 +319,7 @@ def _logical(
 def _mlx_format(path: str, quantization: Mapping[str, Any]) -> Format:
     own = quantization.get(path)
     entry = own if isinstance(own, Mapping) else quantization
-    mode = str(entry.get("mode", quantization.get("mode", "affine")))
-    bits, groups = MODES.get(mode, MODES["affine"])
-    return Format(int(entry.get("bits") or bits[0]), int(entry.get("group_size") or groups[0]), mode)
+    return Format.from_config({"mode": quantization.get("mode"), **entry})
 
 
 def _compressed_bits(hf: Mapping[str, Any]) -> int:

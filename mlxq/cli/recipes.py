@@ -70,8 +70,9 @@ def check(
         if model is not None:
             from mlxq.cli.writing import say_waiting
             from mlxq.pipeline import Options, prepare
+            from mlxq.planning.plan import Stored
 
-            plan = prepare(recipe, model, Options(requantize=True), on_wait=say_waiting)
+            plan = prepare(recipe, model, Options(Stored.REQUANTIZE), on_wait=say_waiting)
             facts["model"] = model
             if recipe.budget is None:
                 facts |= {"file_bytes": plan.file_bytes, "bits_per_weight": plan.bits_per_weight}
