@@ -8,7 +8,7 @@ import pytest
 from mlxq.methods import gptq as gptq_module
 from mlxq.methods.affine_fit import affine_fit
 from mlxq.methods.formats import Format
-from mlxq.methods.gptq import feedback, gptq, inverse_factor
+from mlxq.methods.gptq import GPTQ, feedback, gptq, inverse_factor
 
 
 def correlated_hessian(columns: int, seed: int) -> mx.array:
@@ -77,3 +77,51 @@ def test_inputs_never_seen_do_no_harm() -> None:
     for h in (silent, mx.zeros((128, 128))):
         decoded = fmt.decode(gptq(weight, fmt, feedback(h, fmt.group_size)).arrays())
         assert (mx.abs(decoded - weight.astype(mx.float32))).max().item() < 0.05
+
+
+def test_groups_and_columns_are_taken_by_falling_second_moment() -> None:
+    """What comes first has the most columns after it to make good its error."""
+    spread = mx.exp(mx.random.normal((256,), key=mx.random.key(11)))
+    hessian = correlated_hessian(256, seed=12) * mx.sqrt(spread[:, None] * spread[None])
+    moments = mx.diagonal(hessian)[feedback(hessian, 64).order].reshape(-1, 64)
+    assert sorted(feedback(hessian, 64).order.tolist()) == list(range(256))
+    assert bool((moments[:, 1:] <= moments[:, :-1]).all())
+    means = moments.mean(axis=1)
+    assert bool((means[1:] <= means[:-1]).all())
+
+
+def test_the_order_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, fmt = weights_of((64, 256), seed=13), Format(3, 64)
+    spread = mx.exp(2 * mx.random.normal((256,), key=mx.random.key(14)))
+    hessian = correlated_hessian(256, seed=15) * mx.sqrt(spread[:, None] * spread[None])
+    ours = output_error(weight, fmt.decode(gptq(weight, fmt, feedback(hessian, 64)).arrays()), hessian)
+    monkeypatch.setattr(gptq_module, "_group_order", lambda h, group: mx.broadcast_to(mx.arange(256), (1, 256)))
+    as_stored = output_error(weight, fmt.decode(gptq(weight, fmt, feedback(hessian, 64)).arrays()), hessian)
+    assert ours < 0.95 * as_stored
+
+
+def test_the_head_that_is_an_embedding_too_keeps_its_rows_nearer() -> None:
+    """More damping gives up some of the head's error for rows that look up nearly the same."""
+    weight, fmt = weights_of((96, 128), seed=16), Format(3, 64)
+    hessian = correlated_hessian(128, seed=17)
+    own, tied = (
+        fmt.decode(GPTQ.encode(weight, fmt, GPTQ.guide(mx.diagonal(hessian), hessian, fmt, tied=tied)).arrays())
+        for tied in (False, True)
+    )
+    fitted = fmt.decode(affine_fit(weight, fmt, mx.diagonal(hessian)).arrays())
+
+    def row_error(decoded: mx.array) -> float:
+        return ((decoded - weight.astype(mx.float32)) ** 2).sum().item()
+
+    assert row_error(fitted) < row_error(tied) < 0.9 * row_error(own)
+    assert output_error(weight, own, hessian) < output_error(weight, tied, hessian)
+    assert output_error(weight, tied, hessian) < 0.5 * output_error(weight, fitted, hessian)
+
+
+@pytest.mark.parametrize("panel", [4, 64])
+def test_panels_only_save_time(panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, fmt, hessian = weights_of((16, 128), seed=18), Format(4, 64), correlated_hessian(128, seed=19)
+    ours = gptq(weight, fmt, feedback(hessian, 64))
+    monkeypatch.setattr(gptq_module, "PANEL_COLUMNS", panel)
+    other = gptq(weight, fmt, feedback(hessian, 64))
+    assert mx.allclose(fmt.decode(ours.arrays()), fmt.decode(other.arrays()), atol=2e-3)
