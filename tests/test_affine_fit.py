@@ -6,7 +6,7 @@ import mlx.core as mx
 import pytest
 
 from mlxq.methods import affine_fit as affine_fit_module
-from mlxq.methods.affine_fit import affine_fit, group_weights
+from mlxq.methods.affine_fit import Grid, affine_fit, group_weights, nearest_codes
 from mlxq.methods.encoded import Encoded
 from mlxq.methods.formats import Format
 from mlxq.methods.rtn import round_to_nearest
@@ -34,6 +34,19 @@ def test_no_group_is_worse_than_min_max(fmt: Format, dtype: mx.Dtype) -> None:
     rounded = group_losses(weight, round_to_nearest(weight, fmt), fmt, weights)
     assert bool((fitted <= rounded * (1 + 1e-4) + 1e-14).all())
     assert fitted.sum().item() < 0.97 * rounded.sum().item()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_no_group_is_worse_than_its_own_range(bits: int) -> None:
+    """Codes from the least weight of a group to the largest: what mx.quantize shifts so that zero is exact."""
+    weight, fmt = heavy_tailed((64, 256), seed=bits), Format(bits, 64)
+    groups = weight.astype(mx.float32).reshape(64, -1, 64)
+    low, high = groups.min(axis=-1, keepdims=True), groups.max(axis=-1, keepdims=True)
+    scale, bias = ((high - low) / (2**bits - 1)).astype(mx.bfloat16), low.astype(mx.bfloat16)
+    grid = Grid(scale.astype(mx.float32), bias.astype(mx.float32))
+    error = groups - (nearest_codes(groups, grid, bits) * grid.scale + grid.bias)
+    fitted = group_losses(weight, affine_fit(weight, fmt), fmt, None)
+    assert bool((fitted <= (error * error).sum(axis=-1) * (1 + 1e-4)).all())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])

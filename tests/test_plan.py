@@ -81,6 +81,7 @@ def test_what_must_keep_its_dtype_keeps_it(tmp_path: Path) -> None:
         ([{"match": "re:.*gate.*", "bits": 2}], Format(8, 64)),
         ([{"match": "*.gate*", "bits": 3}], Format(8, 64)),
         ([{"match": "*", "mode": "mxfp4"}], Format(8, 64)),
+        ([{"match": "*", "bits": 8, "group_size": 32}], Format(8, 64)),
         ([{"match": "mlp.gate", "bits": 4}], Format(4, 64)),
         ([{"match": "*.mlp.gate", "bits": 4, "group_size": 32}], Format(4, 32)),
         ([{"match": GATE, "bits": 6}], Format(6, 64)),
@@ -170,6 +171,8 @@ def test_a_calibration_that_can_be_used_is(tmp_path: Path) -> None:
     assert found["mlp.down_proj"] == ("fit", True)
     # It only looks rows up: there are no inputs that text could tell of.
     assert found["model.embed_tokens"] == ("fit", False)
+    tied = plan_of(llama(tmp_path / "tied", tie_word_embeddings=True), [], method="gptq").by_path["model.embed_tokens"]
+    assert (tied.method, tied.guided) == ("gptq", True)
     silent = plan_of(model, [], method="fit", calibration={"text": "none"})
     assert {(d.method, d.guided) for d in silent.decisions} == {("fit", False)}
 
