@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlxq.architecture.bind import bind, open_lazily
 from mlxq.budget.spend import Scoring, Spending, spend
@@ -30,6 +30,9 @@ from mlxq.writing.execute import Progress, execute
 from mlxq.writing.folder import PartialFolder
 from mlxq.writing.low_disk import execute_by_shards
 from mlxq.writing.report import build_report, source_facts, write_report
+
+if TYPE_CHECKING:
+    from mlxq.sources.resolve import Event
 
 
 @dataclass(frozen=True)
@@ -86,13 +89,13 @@ def prepare(
     options: Options,
     *,
     spent: Spent | None = None,
-    on_wait: Callable[[Waiting], None] = lambda _: None,
+    on_event: Callable[[Event], None] = lambda _: None,
 ) -> Plan:
     """Everything up to the plan, from headers only; ``spent`` is what the recipe's budget came to earlier.
 
-    ``on_wait`` is told when the Hub lets one wait.
+    ``on_event`` is told what is waited for and what is fetched.
     """
-    source = resolve(model, trust_remote_code=options.trust_remote_code, on_wait=on_wait)
+    source = resolve(model, trusted=options.trust_remote_code, on_event=on_event)
     architecture = bind(source, trust_remote_code=options.trust_remote_code)
     reason = None
     if recipe.calibration.has_text and (recipe.budget is not None or uses_text(recipe.method)):
@@ -225,7 +228,7 @@ def verify(plan: Plan, folder: Path, *, trust_remote_code: bool = False) -> None
 
 
 def prepare_locked(
-    report: dict[str, Any], model: str | None, *, on_wait: Callable[[Waiting], None] = lambda _: None
+    report: dict[str, Any], model: str | None, *, on_event: Callable[[Event], None] = lambda _: None
 ) -> tuple[Plan, Options]:
     """The plan that an ``mlxq.json`` records, on the same source.
 
@@ -241,7 +244,7 @@ def prepare_locked(
     if recipe.budget is not None:
         formats = {m["path"]: Format.from_config(m["format"]) if m["format"] else None for m in report["modules"]}
         spent = Spent(formats, report["budget"])
-    plan = prepare(recipe, name, options, spent=spent, on_wait=on_wait)
+    plan = prepare(recipe, name, options, spent=spent, on_event=on_event)
     now = source_facts(plan.source)
     if now["headers_sha256"] != recorded["headers_sha256"]:
         raise BadInputError(

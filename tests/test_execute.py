@@ -15,11 +15,11 @@ import mlx_lm
 import pytest
 
 from mlxq.errors import BadInputError, MlxqError
+from mlxq.files import sha256_file
 from mlxq.pipeline import Finished, Options, Resumed, prepare, run
 from mlxq.planning.plan import Plan
 from mlxq.recipe.load import load_recipe
 from mlxq.writing.execute import Progress, blocks_of
-from mlxq.writing.folder import sha256_file
 from tests.checkpoints import LLAMA, build, llama, save
 
 OPTIONS = Options()

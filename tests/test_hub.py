@@ -19,6 +19,7 @@ import pytest
 
 from mlxq.architecture.bind import encode_header
 from mlxq.errors import MlxqError
+from mlxq.files import sha256_file
 from mlxq.pipeline import Finished, Options, prepare, run
 from mlxq.planning.plan import Stored
 from mlxq.recipe.load import load_recipe
@@ -27,7 +28,6 @@ from mlxq.sources.download import Downloading
 from mlxq.sources.resolve import resolve
 from mlxq.tensors import TensorSpec
 from mlxq.writing.disk_space import room_needed
-from mlxq.writing.folder import sha256_file
 from mlxq.writing.low_disk import most_held_bytes, stages
 from tests.checkpoints import LLAMA, build, llama, save
 from tests.hub_server import READ_TOKEN, TOKEN, Hub
@@ -514,7 +514,7 @@ def test_a_rate_limit_is_waited_for_and_told(hub: Hub, tmp_path: Path) -> None:
     hub.fail("GET", "/api/models/org/limited", times=2, status=429, headers={"Retry-After": "0"})
     hub.fail("GET", "/resolve/", times=1, status=429, headers={"Retry-After": "0"})
     waits: list[Waiting] = []
-    source = resolve("org/limited", on_wait=waits.append)
+    source = resolve("org/limited", on_event=waits.append)
     assert source.remote is not None
     assert [wait.reason for wait in waits][:2] == ["the Hub limits how often it may be asked"] * 2
 
@@ -543,7 +543,7 @@ def test_trouble_of_the_hub_is_waited_for(hub: Hub, tmp_path: Path) -> None:
     hub.fail("GET", "/blobs/", status=503)
     hub.fail("GET", "/blobs/", drop_after=100)
     waits: list[Waiting] = []
-    resolve("org/troubled", on_wait=waits.append)
+    resolve("org/troubled", on_event=waits.append)
     assert {wait.reason for wait in waits} == {
         "the Hub answered 500",
         "the Hub answered 503",

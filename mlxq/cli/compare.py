@@ -57,7 +57,7 @@ def command(
     Example: mlxq compare ./original ./original-4bit mixed_4_6 --gate 'kl_mean<0.05' --html report.html
     """
     from mlxq.errors import BadInputError, GateError
-    from mlxq.machine.runtime import load_blas
+    from mlxq.machine.blas import load_blas
     from mlxq.recipe.gates import check_gates, parse_gate
     from mlxq.show.console import console
 
@@ -72,7 +72,7 @@ def command(
     if not rest:
         raise BadInputError("nothing to compare with the original", "Name models or recipes after it.")
     load_blas()
-    from mlxq.cli.writing import bring_here
+    from mlxq.cli.fetching import bring_here
     from mlxq.comparison.candidates import load_candidate, model_candidate, with_distinct_names
     from mlxq.comparison.measure import Settings, read_prompts
     from mlxq.metrics.forward import on_cpu
@@ -131,7 +131,7 @@ def check_recipe_gates(gates: Sequence[str], model: str, out: Path) -> None:
 
     The results go into its ``mlxq.json``. Raises GateError with a line per failed gate.
     """
-    from mlxq.cli.writing import bring_here
+    from mlxq.cli.fetching import bring_here
     from mlxq.comparison.candidates import model_candidate
     from mlxq.comparison.measure import Settings
     from mlxq.errors import GateError

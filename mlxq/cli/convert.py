@@ -41,9 +41,10 @@ def command(
 
     Example: mlxq convert model.gguf -o ./model-mlx --keep-quantization
     """
-    from mlxq.cli.writing import say_waiting, show_plan, write_model
+    from mlxq.cli.fetching import telling
+    from mlxq.cli.writing import show_plan, write_model
     from mlxq.errors import BadInputError
-    from mlxq.machine.runtime import load_blas
+    from mlxq.machine.blas import load_blas
     from mlxq.recipe.load import recipe_from_dict
     from mlxq.show.console import console
 
@@ -61,7 +62,8 @@ def command(
     out = output or default_output(recipe, model)
     if not dry_run and out.exists() and not force:
         raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-    plan = prepare(recipe, model, options, on_wait=say_waiting)
+    with telling() as tell:
+        plan = prepare(recipe, model, options, on_event=tell)
     if dry_run:
         show_plan(
             plan,

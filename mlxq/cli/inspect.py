@@ -38,6 +38,7 @@ def command(
 
     Example: mlxq inspect ./my-model --device mac-m4 --context 8192
     """
+    from mlxq.cli.fetching import telling
     from mlxq.errors import BadInputError
     from mlxq.show.console import console
     from mlxq.sources.resolve import resolve
@@ -51,8 +52,8 @@ def command(
                 "--recipe shows a plan, which --layers, --match, --text and --device do not change",
                 "Leave them out, or leave out --recipe.",
             )
-        from mlxq.cli.writing import say_waiting, show_plan
-        from mlxq.machine.runtime import load_blas
+        from mlxq.cli.writing import show_plan
+        from mlxq.machine.blas import load_blas
         from mlxq.recipe.load import load_recipe
 
         loaded = load_recipe(recipe)
@@ -66,17 +67,18 @@ def command(
         from mlxq.planning.plan import Stored
 
         options = Options(Stored.REQUANTIZE, trust_remote_code)
-        plan = prepare(loaded, model, options, on_wait=say_waiting)
+        with telling() as tell:
+            plan = prepare(loaded, model, options, on_event=tell)
         show_plan(plan, out=default_output(loaded, model), why=why)
         return
     from mlxq.architecture.inspection import encode_text, inspect_model
-    from mlxq.cli.writing import say_waiting
     from mlxq.machine.devices import find_device, this_machine
     from mlxq.machine.memory import estimate, fit
     from mlxq.recipe.load import shipped_recipes
     from mlxq.show import inspection_tables
 
-    source = resolve(model, tokenizer=text is not None, trust_remote_code=trust_remote_code, on_wait=say_waiting)
+    with telling() as tell:
+        source = resolve(model, tokenizer=text is not None, trusted=trust_remote_code, on_event=tell)
     machine = find_device(device) if device else this_machine()
     found = inspect_model(source, context)
     encoding = encode_text(source, text) if text is not None else None

@@ -82,7 +82,8 @@ def command(
 
     Example: mlxq quantize ./my-model --bpw 4.25
     """
-    from mlxq.cli.writing import fetched, say_waiting, show_plan, write_model
+    from mlxq.cli.fetching import fetched, telling
+    from mlxq.cli.writing import show_plan, write_model
     from mlxq.errors import BadInputError, MlxqError
     from mlxq.show.console import console
 
@@ -90,14 +91,15 @@ def command(
     _check_together(recipe, locked, sets, bpw, size, frontier, plot)
     spending = target = None
     if locked is not None:
-        from mlxq.machine.runtime import load_blas
+        from mlxq.machine.blas import load_blas
 
         load_blas()
         from mlxq.pipeline import differing_files, prepare_locked
         from mlxq.writing.report import read_report
 
         recorded = read_report(locked)
-        plan, options = prepare_locked(recorded, model, on_wait=say_waiting)
+        with telling() as tell:
+            plan, options = prepare_locked(recorded, model, on_event=tell)
         out = output or Path(f"{locked.resolve().parent.name}-rebuilt")
     else:
         assert recipe is not None
@@ -109,7 +111,7 @@ def command(
 
             # Said now, not after hours of work.
             check_login()
-        from mlxq.machine.runtime import load_blas
+        from mlxq.machine.blas import load_blas
 
         load_blas()
         from mlxq.pipeline import Options, default_output, prepare
@@ -120,7 +122,8 @@ def command(
         out = output or (Path(loaded.output) if loaded.output else default_output(loaded, name))
         if not (dry_run or frontier or why is not None or force) and out.exists():
             raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-        plan = prepare(loaded, name, options, on_wait=say_waiting)
+        with telling() as tell:
+            plan = prepare(loaded, name, options, on_event=tell)
         if low_disk:
             from mlxq.writing.low_disk import check_low_disk
 

@@ -5,68 +5,16 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+from mlxq.cli.fetching import fetched, say_waiting
 from mlxq.cli.interrupts import interrupts
 from mlxq.show.console import console
 from mlxq.show.meters import progress
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from mlxq.pipeline import Finished, Options
     from mlxq.planning.plan import Plan
-    from mlxq.retry import Waiting
-    from mlxq.sources.download import Downloading
-
-_T = TypeVar("_T")
-
-
-def say_waiting(event: Waiting) -> None:
-    """Say on stderr that the Hub lets one wait."""
-    console.warn(f"{event.reason}; trying again in {event.seconds:.0f} s")
-
-
-def fetched(plan: Plan, out: Path, options: Options) -> Plan:
-    """The same plan with its source here, fetched with progress where it is on the Hub."""
-    from mlxq.pipeline import with_weights
-
-    if plan.source.remote is None:
-        return plan
-    return _fetched(with_weights(plan, out, options), plan.source.name)
-
-
-def bring_here(model: str) -> None:
-    """Fetch a model into the cache, with progress, where it is on the Hub."""
-    from mlxq.sources.download import fetch
-    from mlxq.sources.resolve import resolve
-
-    source = resolve(model, on_wait=say_waiting)
-    if source.remote is not None:
-        _fetched(fetch(source), model)
-
-
-def _fetched(events: Generator[Downloading | Waiting, None, _T], name: str) -> _T:
-    """Run a download to its end, with progress; returns what it returns."""
-    from mlxq.retry import Waiting
-
-    try:
-        with progress(f"Fetching {name}") as meter:
-            while True:
-                try:
-                    event = next(events)
-                except StopIteration as stop:
-                    found: _T = stop.value
-                    return found
-                if isinstance(event, Waiting):
-                    say_waiting(event)
-                else:
-                    meter.update(event.done_bytes, event.total_bytes, event.file)
-    except KeyboardInterrupt:
-        console.warn(
-            "stopped; files that are complete stay in the cache, and the same command continues with the others"
-        )
-        raise
 
 
 def show_plan(

