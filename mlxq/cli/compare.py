@@ -117,6 +117,9 @@ def _measure(
             for event in compare(original, candidates, settings):
                 if isinstance(event, Comparison):
                     done = event
+                    newest = event.results[-1]
+                    if newest.not_timed is not None:
+                        console.warn(f"{newest.name}: speed not measured: {newest.not_timed}")
                 else:
                     meter.update(f"{event.stage}: {event.model}", event.done, event.total, event.eta_s)
         except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from mlxq.show.console import console
 from mlxq.show.meters import progress
 
 if TYPE_CHECKING:
+    from mlxq.metrics.generation import Generation
     from mlxq.pipeline import Finished, Options
     from mlxq.planning.plan import Plan
 
@@ -96,31 +97,41 @@ def write_model(
         raise
     assert finished is not None
     seconds = time.perf_counter() - began
-    _show_result(plan, finished, seconds, generate=generate)
+    answer = _ask(finished, trusted=options.trust_remote_code) if generate else None
+    _show_result(plan, finished, answer, seconds)
     return finished
 
 
-def _show_result(plan: Plan, finished: Finished, seconds: float, *, generate: bool) -> None:
-    from mlxq.machine.runtime import free_memory_bytes
-    from mlxq.metrics.generation import generate_once
-    from mlxq.show import plan_tables
+def _ask(finished: Finished, *, trusted: bool) -> Generation | None:
+    """Ask the new model a question. A courtesy: what goes wrong is said in one line, and the run goes on."""
+    from mlxq.metrics.generation import NotAsked, ask
     from mlxq.writing.report import write_report
 
-    answer = None
-    if generate and finished.report["metrics"]["size_bytes"] * 1.5 > free_memory_bytes():
-        console.note("The model is too large for this machine's free memory, so it was not asked anything.")
-    elif generate:
-        console.note("Asking the new model a question ...")
-        answer = generate_once(finished.out)
-        finished.report["generation"] = {
-            "prompt": answer.prompt,
-            "text": answer.text,
-            "prompt_tps": answer.prompt_tps,
-            "generation_tps": answer.generation_tps,
-            "load_s": answer.load_s,
-            "device": answer.device,
-        }
+    console.note("Asking the new model a question ...")
+    try:
+        answer = ask(finished.out, trusted=trusted)
+    except KeyboardInterrupt:
+        # Who stops the command may well want to stop what comes next, an upload above all.
+        console.warn(f"stopped; {finished.out} is complete, and nothing more was done with it")
+        raise
+    if isinstance(answer, NotAsked):
+        finished.report["not_asked"] = answer.reason
+        if answer.failed:
+            console.warn(f"the new model {answer.reason}")
+        else:
+            console.note(f"The new model {answer.reason}.")
+    else:
+        finished.report["generation"] = vars(answer)
+    try:
         write_report(finished.report, finished.out)
+    except OSError as exc:
+        console.warn(f"mlxq.json does not say what became of the question: {exc.strerror}")
+    return None if isinstance(answer, NotAsked) else answer
+
+
+def _show_result(plan: Plan, finished: Finished, answer: Generation | None, seconds: float) -> None:
+    from mlxq.show import plan_tables
+
     if console.as_json:
         console.json({"output": str(finished.out), **finished.report})
         return

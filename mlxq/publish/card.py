@@ -21,6 +21,7 @@ from mlxq.methods.formats import Format
 from mlxq.methods.rtn import RTN
 from mlxq.metrics.metric import chosen, value_text, with_error_text
 from mlxq.sources.base import ModelSource
+from mlxq.sources.safetensors import read_json
 
 FILE_NAME = "README.md"
 BEGIN, END = "<!-- mlxq:begin -->", "<!-- mlxq:end -->"
@@ -132,7 +133,11 @@ def has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
     settings = folder / "tokenizer_config.json"
-    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+    try:
+        return settings.is_file() and bool(read_json(settings).get("chat_template"))
+    except BadInputError:
+        # A copy of the source's, damaged as that is: no loader finds a template in it either.
+        return False
 
 
 # Reading and changing a card.

@@ -138,5 +138,5 @@ def result_table(plan: Plan, finished: Finished, answer: Generation | None, seco
             f"on the {answer.device}",
         )
         table.add_row("asked", escape(answer.prompt))
-        table.add_row("answered", escape(answer.text))
+        table.add_row("answered", escape(answer.text) or "[dim]nothing: it ended at once[/]")
     return table
