@@ -362,7 +362,7 @@ def test_estimates_count_every_byte(tmp_path: Path) -> None:
 
 def test_estimates_equal_the_plan(tmp_path: Path) -> None:
     from mlxq.architecture.bind import bind
-    from mlxq.planning.plan import make_plan
+    from mlxq.planning.make import make_plan
 
     tensors = llama_tensors()
     for layer in range(2):

@@ -17,7 +17,7 @@ from mlxq.architecture.opening import open_lazily, openable_folder
 from mlxq.architecture.origins import check_float8
 from mlxq.architecture.roles import tied_head
 from mlxq.errors import BadInputError
-from mlxq.methods.formats import MODES, Format
+from mlxq.methods.formats import Format
 from mlxq.sources.base import ModelSource
 from mlxq.tensors import FLOAT_DTYPES, TensorSpec
 
@@ -159,21 +159,15 @@ def _dtype_code(array: mx.array, path: str) -> str:
 
 
 def _module(path: str, leaf: nn.Module, predicate: Any) -> Module:
-    stored = None
+    stored = Format.of_module(leaf)
     shape = tuple(leaf["weight"].shape)
-    if "scales" in leaf:
-        stored = Format(int(leaf.bits), int(leaf.group_size), str(getattr(leaf, "mode", "affine")))
-        shape = (*shape[:-1], shape[-1] * 32 // stored.bits)
+    if stored:
+        shape = (*shape[:-1], stored.logical_columns(shape[-1]))
     quantizable = hasattr(leaf, "to_quantized")
     asked: bool | Format = True
     if quantizable and predicate is not None:
         said = predicate(path, leaf)
-        if isinstance(said, dict):
-            mode = said.get("mode", "affine")
-            bits, groups = MODES[mode]
-            asked = Format(said.get("bits", bits[0]), said.get("group_size", groups[0]), mode)
-        else:
-            asked = bool(said)
+        asked = Format.from_config(said) if isinstance(said, dict) else bool(said)
     return Module(path, type(leaf).__name__, shape, quantizable, asked, stored)
 
 

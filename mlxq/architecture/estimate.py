@@ -10,7 +10,7 @@ from mlxq.architecture.config import active_share, declared_dtype
 from mlxq.architecture.inspection import InspectedModule, Inspection
 from mlxq.architecture.kv_cache import activation_bytes, kv_cache_bytes
 from mlxq.machine.memory import Footprint
-from mlxq.methods.formats import Format, fallback, layout
+from mlxq.methods.formats import Format
 from mlxq.recipe.match import assign
 from mlxq.tensors import DTYPE_BY_NAME, FLOAT_DTYPES, TensorSpec
 
@@ -65,5 +65,5 @@ def _written_bytes(module: InspectedModule, wanted: Format | None, dtype: str | 
     if not module.castable:
         return module.parameters * module.stored_bits // 8
     weight = TensorSpec(f"{module.path}.weight", DTYPE_BY_NAME[dtype] if dtype else held, module.shape)
-    fitting = fallback(module.shape[-1], wanted) if wanted else None
-    return sum(spec.nbytes for spec in layout(weight, fitting)) if fitting else weight.nbytes
+    fitting = wanted.fitted_to(module.shape[-1]) if wanted else None
+    return sum(spec.nbytes for spec in fitting.layout(weight)) if fitting else weight.nbytes

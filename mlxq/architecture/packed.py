@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlxq.methods.formats import TERNARY_PER_BYTE, TERNARY_SCALE, Format
+from mlxq.methods.formats import HELPER_PARTS, TERNARY_PER_BYTE, TERNARY_SCALE, Format
 from mlxq.sources.quantization import mlx_format
 from mlxq.tensors import DTYPE_BITS, TensorSpec
 
 # Parts that describe how another tensor of the module is quantized, and hold no parameters of their own.
 HELPERS = frozenset(
     [
-        "scales",
-        "biases",
+        *HELPER_PARTS,
         "qzeros",
         "g_idx",
         "weight_scale",
@@ -42,7 +41,7 @@ def logical(
     bits = DTYPE_BITS[spec.dtype]
     if part == "weight" and spec.dtype == "U32" and "scales" in specs and config.get("quantization"):
         fmt = mlx_format(path, config["quantization"])
-        return (*spec.shape[:-1], spec.shape[-1] * 32 // fmt.bits), fmt.bits, fmt
+        return (*spec.shape[:-1], fmt.logical_columns(spec.shape[-1])), fmt.bits, fmt
     if part == "qweight":
         packed = int(hf.get("bits", 4))
         rows, columns = spec.shape

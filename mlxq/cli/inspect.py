@@ -64,8 +64,9 @@ def command(
             )
         load_blas()
         from mlxq.pipeline import Options, default_output, prepare
+        from mlxq.planning.plan import Stored
 
-        options = Options(requantize=True, trust_remote_code=trust_remote_code)
+        options = Options(Stored.REQUANTIZE, trust_remote_code)
         with telling() as tell:
             plan = prepare(loaded, model, options, on_event=tell)
         show_plan(plan, out=default_output(loaded, model), why=why)

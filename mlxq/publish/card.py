@@ -18,6 +18,8 @@ from typing import Any
 from mlxq.errors import BadInputError
 from mlxq.fold import fold
 from mlxq.headers import read_json
+from mlxq.methods.formats import Format
+from mlxq.methods.rtn import RTN
 from mlxq.metrics.metric import chosen, value_text, with_error_text
 from mlxq.sources.base import ModelSource
 
@@ -288,11 +290,10 @@ def _stored_as(module: Mapping[str, Any]) -> str:
     fmt = module["format"]
     if fmt is None:
         return str(module["dtype"])
-    mode = "" if fmt["mode"] == "affine" else f"{fmt['mode']}, "
     # Reports from before methods were recorded have rounding alone.
-    method = module.get("method", "rtn")
-    how = "" if method == "rtn" else f", by {method}"
-    return f"{mode}{fmt['bits']} bits, groups of {fmt['group_size']}{how}"
+    method = module.get("method", RTN.name)
+    how = "" if method == RTN.name else f", by {method}"
+    return f"{Format.from_config(fmt).in_words()}{how}"
 
 
 def _measured(report: Mapping[str, Any], plot: str | None) -> str | None:

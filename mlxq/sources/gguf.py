@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError
-from mlxq.methods.formats import Format
+from mlxq.methods.formats import AFFINE, Format
 from mlxq.recipe.match import layer_index
 from mlxq.sources.gguf_blocks import REPACKABLE, nearest_format, repack
 from mlxq.sources.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
@@ -255,7 +255,7 @@ def _rules(formats: Mapping[str, Format | None], default: Format | None) -> list
 
 def _format_yaml(fmt: Format, default: Format | None) -> str:
     parts = [f"bits: {fmt.bits}", f"group_size: {fmt.group_size}"]
-    if fmt.mode != (default.mode if default else "affine"):
+    if fmt.mode != (default.mode if default else AFFINE.name):
         parts.insert(0, f"mode: {fmt.mode}")
     return ", ".join(parts)
 

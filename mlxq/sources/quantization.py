@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.headers import read_json
-from mlxq.methods.formats import MODES, Format
+from mlxq.methods.formats import Format
 
 # What other tools say of their quantizations that a person would want to know.
 _TOLD = (
@@ -71,6 +71,4 @@ def mlx_format(path: str, quantization: Mapping[str, Any]) -> Format:
     """The format of a module by a config's ``quantization``; its mode's defaults where it leaves something open."""
     own = quantization.get(path)
     entry = own if isinstance(own, Mapping) else quantization
-    mode = str(entry.get("mode", quantization.get("mode", "affine")))
-    bits, groups = MODES.get(mode, MODES["affine"])
-    return Format(int(entry.get("bits") or bits[0]), int(entry.get("group_size") or groups[0]), mode)
+    return Format.from_config({"mode": quantization.get("mode"), **entry})

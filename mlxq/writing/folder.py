@@ -19,7 +19,8 @@ from types import TracebackType
 from typing import Any
 
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.planning.plan import Plan, config_text
+from mlxq.planning.layout import config_text
+from mlxq.planning.plan import Plan
 from mlxq.writing.trailing import Trailing
 
 JOURNAL = "journal.jsonl"
