@@ -42,6 +42,10 @@ class RecipeError(BadInputError):
         super().__init__("\n".join(self.faults), hint)
 
 
+class ChildError(MlxqError):
+    """What was tried in a process of its own raised, crashed, or passed a limit; the run itself is unharmed."""
+
+
 class GateError(MlxqError):
     """A quality gate failed: exit code 3."""
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxq.errors import RecipeError
-from mlxq.methods.formats import MODES, Format
+from mlxq.methods.formats import AFFINE, MODES, Format
 from mlxq.recipe.load import budget_recipe, load_recipe, names_recipe, recipe_from_dict, shipped_recipes
 from mlxq.recipe.schema import fault_message, json_schema, schema_faults
 from mlxq.recipe.yaml import heading, parse_document
@@ -92,7 +92,7 @@ def test_without_a_default_nothing_is_quantized(here: Path) -> None:
 @given(st.sampled_from([*MODES]))
 def test_bits_and_group_size_default_to_the_modes_own(mode: str) -> None:
     recipe = recipe_from_dict({"default": {"mode": mode}}, "r")
-    assert recipe.default == Format(MODES[mode][0][0], MODES[mode][1][0], mode)
+    assert recipe.default == MODES[mode].default
 
 
 def test_all_faults_come_at_once_with_lines(here: Path) -> None:
@@ -506,11 +506,9 @@ def test_the_json_schema_describes_every_key() -> None:
         "upload",
     }
     assert models[1]["required"] == ["match"]
-    affine = sorted(MODES["affine"][0])
+    affine = sorted(AFFINE.bits)
     assert schema["properties"]["options"]["items"]["anyOf"][0] == {"enum": affine}
-    assert models[1]["properties"]["bits"]["enum"] == sorted(
-        {bits for all_bits, _ in MODES.values() for bits in all_bits}
-    )
+    assert models[1]["properties"]["bits"]["enum"] == sorted({bits for mode in MODES.values() for bits in mode.bits})
     for text in [FULL, *(recipe.text for recipe in shipped_recipes())]:
         data = yaml.safe_load(text)
         assert set(data) <= set(models[0]["properties"])

@@ -7,7 +7,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from mlxq.methods.formats import METHODS, MODES, Format, fault_of
+from mlxq.methods.formats import AFFINE, MODES, Format, fault_of
+from mlxq.methods.registry import AUTO, METHOD_NAMES, needs_text, uses_text
+from mlxq.methods.rtn import RTN
 from mlxq.recipe.draft import Draft, kind_of
 from mlxq.recipe.gates import gate_fault
 from mlxq.recipe.match import pattern_fault, slice_fault
@@ -98,12 +100,12 @@ def _budget(draft: Draft) -> Budget | None:
 
 def _method(draft: Draft) -> str:
     method = draft.data.get("method")
-    if isinstance(method, str) and method not in METHODS:
-        message = f"unknown method {kind_of(method)}; known are {', '.join(METHODS)}"
-        draft.add_fault(("method",), message, method, METHODS)
+    if isinstance(method, str) and method not in METHOD_NAMES:
+        message = f"unknown method {kind_of(method)}; known are {', '.join(METHOD_NAMES)}"
+        draft.add_fault(("method",), message, method, METHOD_NAMES)
     if isinstance(method, str):
         return method
-    return "auto" if "budget" in draft.data else "rtn"
+    return AUTO if "budget" in draft.data else RTN.name
 
 
 def _options(draft: Draft) -> tuple[Format, ...]:
@@ -120,13 +122,13 @@ def _calibration(draft: Draft, method: str) -> Calibration:
     raw = draft.data.get("calibration")
     if not isinstance(raw, dict):
         return Calibration()
-    if method == "rtn" and "budget" not in draft.data:
+    if method in METHOD_NAMES and not uses_text(method) and "budget" not in draft.data:
         draft.add_fault(("calibration",), "nothing uses it: add a budget, or method: fit or gptq")
     texts = tuple(text for text in _items(raw.get("text", "builtin")) if isinstance(text, str))
     alone = [text for text in ("builtin", "self", "none") if text in texts]
     if len(texts) > 1 and alone:
         draft.add_fault(("calibration", "text"), f"{alone[0]} does not mix with other texts")
-    if texts == ("none",) and method == "gptq":
+    if texts == ("none",) and method in METHOD_NAMES and needs_text(method):
         message = "gptq feeds errors back along the inputs, so it needs text; fit works without"
         draft.add_fault(("calibration", "text"), message)
     tokens = raw.get("tokens", Calibration.tokens)
@@ -183,21 +185,23 @@ def _rule(draft: Draft, index: int, raw: dict[str, Any], default: Format | None)
 
 def _format(draft: Draft, at: KeyPath, raw: Mapping[str, Any], base: Format | None) -> Format | None:
     """The format at ``at``; what it leaves out is ``base``'s where the mode is the same, else the mode's."""
-    mode = raw.get("mode", base.mode if base else "affine")
+    mode = raw.get("mode", base.mode if base else AFFINE.name)
     if not isinstance(mode, str):
         return None
     if mode not in MODES:
         draft.add_fault((*at, "mode"), f"unknown mode {kind_of(mode)}; MLX has {', '.join(MODES)}", mode, MODES)
         return None
-    same = base if base and base.mode == mode else Format(MODES[mode][0][0], MODES[mode][1][0], mode)
+    same = base if base and base.mode == mode else MODES[mode].default
     bits, group_size = raw.get("bits", same.bits), raw.get("group_size", same.group_size)
     if not _is_whole(bits) or not _is_whole(group_size):
         return None
     # Asked one at a time, so that both wrong is two faults.
-    bits_fault = fault_of(mode, bits, MODES[mode][1][0])
-    group_fault = fault_of(mode, MODES[mode][0][0], group_size)
+    bits_fault = fault_of(mode, bits, MODES[mode].group_sizes[0])
+    group_fault = fault_of(mode, MODES[mode].bits[0], group_size)
     inherits = (
-        "" if "mode" in raw or mode == "affine" else f" (mode is the default's; say `mode: affine` for {bits} bits)"
+        ""
+        if "mode" in raw or bits not in AFFINE.bits
+        else f" (mode is the default's; say `mode: {AFFINE.name}` for {bits} bits)"
     )
     if bits_fault:
         draft.add_fault((*at, "bits"), bits_fault + inherits)

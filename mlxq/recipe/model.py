@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlxq.methods.formats import Format
+from mlxq.methods.registry import uses_text
 from mlxq.recipe.target import Target
 
 
@@ -128,7 +129,7 @@ class Recipe:
             "options": [fmt.as_config() for fmt in self.options] if self.budget else None,
             "method": self.method,
             "calibration": {"text": list(self.calibration.texts), "tokens": self.calibration.tokens}
-            if self.method != "rtn"
+            if self.budget is not None or uses_text(self.method)
             else None,
             "strict": self.strict,
             "gates": list(self.gates),
