@@ -22,8 +22,8 @@ from mlxq.errors import MlxqError
 from mlxq.files import sha256_file
 from mlxq.pipeline import Finished, Options, prepare, run
 from mlxq.recipe.load import load_recipe
-from mlxq.retry import Waiting
-from mlxq.sources.download import Downloading
+from mlxq.retry import TRIES, Waiting, told
+from mlxq.sources.download import Downloading, fetch
 from mlxq.sources.resolve import resolve
 from mlxq.tensors import TensorSpec
 from mlxq.writing.disk_space import room_needed
@@ -532,8 +532,22 @@ def test_a_limit_of_a_day_is_not_waited_for(hub: Hub, mlxq: Command, tmp_path: P
     hub.fail("GET", "/api/models/org/a", times=100, status=429, headers={"Retry-After": "86400"})
     done = mlxq("inspect", "org/a")
     assert done.returncode == 1
-    assert "limits how often" in done.stderr
+    assert "limits how often it may be asked, and asks to wait 86,400 s" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_limit_that_only_a_ratelimit_field_names_is_waited_for_and_told(hub: Hub, tmp_path: Path) -> None:
+    hub.add_model("org/a", llama(tmp_path / "model"))
+    # More often than anything else is tried, where the Hub lists files and where it sends them.
+    for path, times in (("/api/models/org/a", TRIES), ("/blobs/", 1)):
+        hub.fail("GET", path, times=times, status=429, headers={"RateLimit": '"api";r=0;t=1'})
+    waits: list[Waiting | Downloading] = []
+    began = time.monotonic()
+    source = resolve("org/a", on_event=waits.append)
+    told(fetch(source), waits.append)
+    limits = [event for event in waits if isinstance(event, Waiting)]
+    assert limits == [Waiting(1, "the Hub limits how often it may be asked")] * (TRIES + 1)
+    assert time.monotonic() - began >= TRIES
 
 
 def test_trouble_of_the_hub_is_waited_for(hub: Hub, tmp_path: Path) -> None:

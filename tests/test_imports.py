@@ -14,7 +14,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # Each floor may import from floors below it and from its own.
 FLOORS = (
-    ("mlxq", "errors", "tensors", "arrays", "files", "fold", "retry"),
+    ("mlxq", "errors", "tensors", "arrays", "files", "fold", "hub_client", "retry"),
     (
         "metrics.metric",
         "recipe",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,46 +63,6 @@ def counting_bar(count: Callable[[int], None]) -> Any:
             count(int(n or 0))
 
     return Counting
-
-
-def resume_after_resets() -> None:
-    """Have ``huggingface_hub`` go on after a connection that was reset, as it does after one that was closed.
-
-    It resumes a download after errors of the protocol alone, and its HTTP library (httpx, or httpx2) calls a reset an
-    error of reading: the client given to it here calls both the same.
-    """
-    from huggingface_hub import get_session, set_client_factory
-
-    session = get_session()
-    if getattr(session, "resumes_after_resets", False):
-        return
-    http: Any = importlib.import_module(type(session).__module__.partition(".")[0])
-
-    class Body(http.SyncByteStream):  # type: ignore[misc]
-        def __init__(self, inner: Any) -> None:
-            self.inner = inner
-
-        def __iter__(self) -> Iterator[bytes]:
-            try:
-                yield from self.inner
-            except http.ReadError as exc:
-                raise http.RemoteProtocolError(str(exc)) from exc
-
-        def close(self) -> None:
-            self.inner.close()
-
-    class Client(http.Client):  # type: ignore[misc]
-        resumes_after_resets = True
-
-        def send(self, request: Any, **how: Any) -> Any:
-            response = super().send(request, **how)
-            response.stream = Body(response.stream)
-            return response
-
-    def client() -> Any:
-        return Client(event_hooks=session.event_hooks, follow_redirects=True, timeout=None)
-
-    set_client_factory(client)
 
 
 def download_small(repo: str, name: str, commit: str) -> Path:
