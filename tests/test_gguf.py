@@ -806,10 +806,11 @@ def test_kept_quantization_holds_the_files_own_values(tmp_path: Path) -> None:
     import mlx.core as mx
 
     from mlxq.pipeline import Finished, Options, prepare, run
+    from mlxq.planning.plan import Stored
     from mlxq.recipe.load import recipe_from_dict
 
     file = write_gguf(tmp_path / "m.gguf", "llama", types={"model.layers.0.mlp.down_proj.weight": T.Q4_1})
-    options = Options(keep_quantization=True)
+    options = Options(Stored.CARRY_OVER)
     plan = prepare(recipe_from_dict({}, "mlx"), str(file), options)
     *_, last = run(plan, tmp_path / "out", options)
     assert isinstance(last, Finished)

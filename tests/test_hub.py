@@ -17,10 +17,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxq.architecture.bind import encode_header
 from mlxq.errors import MlxqError
 from mlxq.files import sha256_file
+from mlxq.headers import encode_header
 from mlxq.pipeline import Finished, Options, prepare, run
+from mlxq.planning.plan import Stored
 from mlxq.recipe.load import load_recipe
 from mlxq.retry import TRIES, Waiting, told
 from mlxq.sources.download import Downloading, fetch
@@ -369,7 +370,7 @@ def test_what_is_stored_quantized_is_read_with_its_scales(hub: Hub, tmp_path: Pa
     config = json.loads((quantized / "config.json").read_text())
     folder = save(tmp_path / "shards", config, weights, shards=4)
     hub.add_model("org/quantized", folder)
-    options = Options(requantize=True)
+    options = Options(Stored.REQUANTIZE)
     for name, model in (("here", str(folder)), ("there", "org/quantized")):
         plan = prepare(load_recipe("8bit"), model, options)
         written(run(plan, tmp_path / name, options, low_disk=True))

@@ -20,8 +20,8 @@ from typer.testing import CliRunner, Result
 from mlxq.cli import app
 from mlxq.errors import GateError, MlxqError
 from mlxq.machine.child import Limits
-from mlxq.metrics.answering import open_folder, prompt_tokens
-from mlxq.metrics.generation import Generation, NotAsked, answer_question, ask
+from mlxq.running.opened import open_folder, prompt_tokens
+from mlxq.running.question import Generation, NotAsked, answer_question, ask
 from tests.checkpoints import LLAMA, VOCABULARY, build, llama, save
 
 ROOMY = 4_000_000_000

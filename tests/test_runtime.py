@@ -56,3 +56,10 @@ def test_peak_memory_is_in_bytes_and_grows() -> None:
     assert len(held) == 200 << 20
     assert grown >= 200 << 20
     assert before <= grown < free_memory_bytes() + grown + (64 << 30)
+
+
+def test_the_peak_is_of_this_process_and_not_of_the_one_that_started_it() -> None:
+    ballast = bytearray(400 << 20)
+    code = "from mlxq.machine.runtime import peak_rss_bytes; print(peak_rss_bytes())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(run.stdout) < len(ballast)

@@ -76,8 +76,8 @@ def command(
     from mlxq.comparison.candidates import load_candidate, model_candidate, with_distinct_names
     from mlxq.comparison.measure import Settings, read_prompts
     from mlxq.metrics.forward import on_cpu
-    from mlxq.metrics.speed import CPU_SETTINGS, SpeedSettings
     from mlxq.recipe.load import names_recipe
+    from mlxq.running.speed import CPU_SETTINGS, SpeedSettings
 
     lengths = (CPU_SETTINGS if on_cpu() else SpeedSettings()) if speed else None
     settings = Settings(
@@ -139,8 +139,8 @@ def check_recipe_gates(gates: Sequence[str], model: str, out: Path) -> None:
     from mlxq.comparison.measure import Settings
     from mlxq.errors import GateError
     from mlxq.metrics.forward import on_cpu
-    from mlxq.metrics.speed import CPU_SETTINGS, SPEED_METRICS, SpeedSettings
     from mlxq.recipe.gates import check_gates, parse_gate
+    from mlxq.running.speed import CPU_SETTINGS, SPEED_METRICS, SpeedSettings
     from mlxq.show.console import console
 
     parsed = [parse_gate(line) for line in gates]

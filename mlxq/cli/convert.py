@@ -53,9 +53,12 @@ def command(
         raise BadInputError("--dequantize and --keep-quantization exclude each other")
     load_blas()
     from mlxq.pipeline import Options, default_output, prepare
+    from mlxq.planning.plan import Stored
 
     recipe = recipe_from_dict({"dtype": dtype.value} if dtype else {}, "mlx")
-    options = Options(dequantize=dequantize, keep_quantization=keep_quantization, trust_remote_code=trust_remote_code)
+    asked = {Stored.DEQUANTIZE: dequantize, Stored.CARRY_OVER: keep_quantization}
+    stored = next((each for each, wanted in asked.items() if wanted), Stored.AS_IS)
+    options = Options(stored, trust_remote_code)
     out = output or default_output(recipe, model)
     if not dry_run and out.exists() and not force:
         raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")

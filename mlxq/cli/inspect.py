@@ -64,15 +64,18 @@ def command(
             )
         load_blas()
         from mlxq.pipeline import Options, default_output, prepare
+        from mlxq.planning.plan import Stored
 
-        options = Options(requantize=True, trust_remote_code=trust_remote_code)
+        options = Options(Stored.REQUANTIZE, trust_remote_code)
         with telling() as tell:
             plan = prepare(loaded, model, options, on_event=tell)
         show_plan(plan, out=default_output(loaded, model), why=why)
         return
-    from mlxq.architecture.inspection import encode_text, inspect_model
+    from mlxq.architecture.estimate import estimate
+    from mlxq.architecture.inspection import inspect_model
+    from mlxq.architecture.tokenizer import encode_text
     from mlxq.machine.devices import find_device, this_machine
-    from mlxq.machine.memory import estimate, fit
+    from mlxq.machine.memory import fit
     from mlxq.recipe.load import shipped_recipes
     from mlxq.show import inspection_tables
 
@@ -85,8 +88,7 @@ def command(
     fits = []
     for shipped in shipped_recipes():
         guess = estimate(found, shipped)
-        reckoned = fit(guess.weight_bytes, found.config, context, machine, read_bytes=guess.read_bytes)
-        fits.append((shipped.name, reckoned))
+        fits.append((shipped.name, fit(guess.footprint(found.config, context), machine)))
     if console.as_json:
         console.json(inspection_tables.inspection_facts(found, modules, machine, fits, encoding))
         return

@@ -115,9 +115,10 @@ def command(
 
         load_blas()
         from mlxq.pipeline import Options, default_output, prepare
+        from mlxq.planning.plan import Stored
 
         recorded = None
-        options = Options(requantize=requantize, trust_remote_code=trust_remote_code)
+        options = Options(Stored.REQUANTIZE if requantize else Stored.AS_IS, trust_remote_code)
         out = output or (Path(loaded.output) if loaded.output else default_output(loaded, name))
         if not (dry_run or frontier or why is not None or force) and out.exists():
             raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")

@@ -69,9 +69,10 @@ def check(
         if model is not None:
             from mlxq.cli.fetching import telling
             from mlxq.pipeline import Options, prepare
+            from mlxq.planning.plan import Stored
 
             with telling() as tell:
-                plan = prepare(recipe, model, Options(requantize=True), on_event=tell)
+                plan = prepare(recipe, model, Options(Stored.REQUANTIZE), on_event=tell)
             facts["model"] = model
             if recipe.budget is None:
                 facts |= {"file_bytes": plan.file_bytes, "bits_per_weight": plan.bits_per_weight}

@@ -13,9 +13,9 @@ from mlxq.show.console import console
 from mlxq.show.meters import progress
 
 if TYPE_CHECKING:
-    from mlxq.metrics.generation import Generation
     from mlxq.pipeline import Finished, Options
     from mlxq.planning.plan import Plan
+    from mlxq.running.question import Generation
 
 
 def show_plan(
@@ -104,7 +104,7 @@ def write_model(
 
 def _ask(finished: Finished, *, trusted: bool) -> Generation | None:
     """Ask the new model a question. A courtesy: what goes wrong is said in one line, and the run goes on."""
-    from mlxq.metrics.generation import NotAsked, ask
+    from mlxq.running.question import NotAsked, ask
     from mlxq.writing.report import write_report
 
     console.note("Asking the new model a question ...")

@@ -18,12 +18,12 @@ from mlxq.calibration.text import (
     tokenize,
 )
 from mlxq.errors import BadInputError, ChildError
-from mlxq.metrics.answering import open_tokenizer, without_paths
 from mlxq.metrics.faithfulness import Faithfulness, measure_faithfulness
 from mlxq.metrics.forward import Reference, batch_size, build_reference, evaluation_model, on_cpu
 from mlxq.metrics.size import Size, measure_size
-from mlxq.metrics.speed import Speed, SpeedSettings, measure_speed
 from mlxq.recipe.match import layer_index
+from mlxq.running.opened import open_tokenizer, without_paths
+from mlxq.running.speed import Speed, SpeedSettings, measure_speed
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -145,7 +145,7 @@ def folder_candidate(name: str, folder: Path) -> Candidate:
 
     Raises BadInputError where the folder is not a causal language model.
     """
-    from mlxq.architecture.bind import open_lazily
+    from mlxq.architecture.opening import open_lazily
 
     return Candidate(
         name=name,
@@ -160,7 +160,7 @@ def folder_candidate(name: str, folder: Path) -> Candidate:
 
 def _recorded_budget(folder: Path) -> Mapping[str, Any] | None:
     """How a budget was spent on the model, where mlxq wrote it and had one."""
-    from mlxq.sources.safetensors import read_json
+    from mlxq.headers import read_json
 
     file = folder / "mlxq.json"
     found = read_json(file).get("budget") if file.is_file() else None
@@ -169,7 +169,7 @@ def _recorded_budget(folder: Path) -> Mapping[str, Any] | None:
 
 def stored_layer_bits(folder: Path) -> dict[str, float]:
     """Bits per weight of each decoder layer, and of what lies outside them, counted from the files."""
-    from mlxq.sources.safetensors import read_file_header
+    from mlxq.headers import read_file_header
 
     bits: dict[str, float] = {}
     weights: dict[str, float] = {}

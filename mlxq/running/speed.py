@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxq import upstream
 from mlxq.machine.child import Limits, run_child
-from mlxq.metrics.answering import Opened, child_limits, open_folder, prompt_tokens, speak
+from mlxq.running.opened import Opened, child_limits, open_folder, prompt_tokens, speak
 
 # The most that timing a model may take before it is given up: for loading, warming up and the first trial, and for
 # each answer. Meant for what hangs; the largest models that a machine holds load and answer well within them.
@@ -110,9 +111,9 @@ def measure_speed(
 def time_model(request: dict[str, Any]) -> dict[str, Any]:
     """The child's part of ``measure_speed``: load, warm up, time, and answer."""
     import mlx.core as mx
-    import mlx_lm  # noqa: F401 - so that its import does not count as loading
 
     settings = SpeedSettings(**request["settings"])
+    upstream.preload()
     mx.reset_peak_memory()
     began = time.perf_counter()
     opened = open_folder(Path(request["folder"]))
@@ -166,11 +167,10 @@ def _time_trials(model: Any, prompt: list[int], settings: SpeedSettings) -> list
 def _time_once(model: Any, prompt: list[int], generation_tokens: int) -> tuple[float, float]:
     """Seconds to the first token, and from there over ``generation_tokens`` more."""
     import mlx.core as mx
-    from mlx_lm.generate import generate_step
 
     began = time.perf_counter()
     first = began
-    for number, _ in enumerate(generate_step(mx.array(prompt), model, max_tokens=generation_tokens + 1)):
+    for number, _ in enumerate(upstream.generate_step(model, mx.array(prompt), generation_tokens + 1)):
         if number == 0:
             first = time.perf_counter()
     return first - began, time.perf_counter() - first

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxq import upstream
+from mlxq.architecture.opening import open_lazily
 from mlxq.errors import BadInputError, MlxqError
 from mlxq.machine.child import Limits
 
@@ -63,8 +65,6 @@ def open_folder(folder: Path, *, trusted: bool = False) -> Opened:
     """
     from mlx.utils import tree_flatten
 
-    from mlxq.architecture.bind import open_lazily
-
     model, config = open_lazily(folder, folder.name, trust_remote_code=trusted)
     tokenizer = open_tokenizer(folder, "its", trusted=trusted, eos_token_ids=config.get("eos_token_id"))
     leaves = tree_flatten(model.leaf_modules(), is_leaf=lambda node: hasattr(node, "parameters"))
@@ -77,13 +77,10 @@ def open_tokenizer(folder: Path, whose: str, *, trusted: bool = False, eos_token
 
     Raises BadInputError where there is none or it does not load.
     """
-    from mlx_lm.utils import load_tokenizer
-
     if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
         raise BadInputError(f"{whose} tokenizer is missing: there are no tokenizer files", "Copy the original's here.")
     try:
-        # Said either way: where it is not, transformers asks on stdin.
-        return load_tokenizer(folder, {"trust_remote_code": trusted}, eos_token_ids=eos_token_ids)
+        return upstream.load_tokenizer(folder, trusted=trusted, eos_token_ids=eos_token_ids)
     except Exception as exc:  # Whatever a tokenizer's files make it raise means: does not load.
         if "trust_remote_code" in str(exc):
             raise BadInputError(f"{whose} tokenizer wants to run its own code, which was not trusted") from exc
@@ -139,10 +136,9 @@ def _time_limit(seconds: float, what: str) -> Iterator[None]:
 def speak(opened: Opened, tokens: list[int], max_tokens: int) -> Spoken:
     """Answer greedily, with at most ``max_tokens``. Raises MlxqError where the model computes NaN."""
     import mlx.core as mx
-    import mlx_lm
 
     text, last = "", None
-    for last in mlx_lm.stream_generate(opened.model, opened.tokenizer, prompt=tokens, max_tokens=max_tokens):
+    for last in upstream.stream_generate(opened.model, opened.tokenizer, tokens, max_tokens):
         # The most likely of NaN is token 0: an answer, and no sense.
         if mx.isnan(last.logprobs).any().item():
             raise MlxqError("the model computes NaN")

@@ -10,9 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxq import upstream
 from mlxq.errors import ChildError
 from mlxq.machine.child import Limits, run_child
-from mlxq.metrics.answering import Opened, child_limits, open_folder, prompt_tokens, speak, without_paths
+from mlxq.running.opened import Opened, child_limits, open_folder, prompt_tokens, speak, without_paths
 
 PROMPT = "In one or two sentences: why is the sky blue?"
 MAX_TOKENS = 48
@@ -59,11 +60,11 @@ def ask(folder: Path, *, trusted: bool = False, limits: Limits | None = None) ->
 def answer_question(request: dict[str, Any]) -> dict[str, Any]:
     """The child's part of ``ask``: a Generation, or ``left_out``. ``until`` is by this system's monotonic clock."""
     import mlx.core as mx
-    import mlx_lm  # noqa: F401 - so that its import does not count as loading
     from mlx.utils import tree_flatten
 
     from mlxq.machine.runtime import free_memory_bytes
 
+    upstream.preload()
     began = time.perf_counter()
     opened = open_folder(Path(request["folder"]), trusted=request["trusted"])
     opening_s = time.perf_counter() - began
@@ -108,10 +109,9 @@ def _too_slow(opened: Opened, tokens: list[int], until: float) -> str | None:
 def _step_s(opened: Opened, token: int) -> float:
     """Seconds of one token on its own."""
     import mlx.core as mx
-    from mlx_lm.models.cache import make_prompt_cache
 
     began = time.perf_counter()
-    mx.eval(opened.model(mx.array([[token]]), cache=make_prompt_cache(opened.model)))
+    mx.eval(opened.model(mx.array([[token]]), cache=upstream.prompt_cache(opened.model)))
     return time.perf_counter() - began
 
 
