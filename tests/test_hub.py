@@ -125,7 +125,8 @@ def mixture(folder: Path, shards: int) -> Path:
 
 def hashes(folder: Path) -> dict[str, str]:
     """Of all that the model is; report and card name where it came from."""
-    return {f.name: sha256_file(f) for f in folder.iterdir() if f.name not in ("mlxq.json", "README.md")}
+    files = [f for f in folder.rglob("*") if f.is_file() and f.name not in ("mlxq.json", "README.md")]
+    return {f.relative_to(folder).as_posix(): sha256_file(f) for f in files}
 
 
 def written(events: Iterator[Any]) -> Path:
@@ -236,6 +237,8 @@ def test_a_gguf_file_is_known_by_its_header(hub: Hub, mlxq: Command, tmp_path: P
 def test_only_what_is_needed_is_fetched(hub: Hub, mlxq: Command, tmp_path: Path) -> None:
     folder = llama(tmp_path / "model", shards=2)
     (folder / "LICENSE").write_text("Do as you like.")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     (folder / "README.md").write_text("---\nlicense: mit\nlanguage: [de]\n---\n# Tiny\n")
     hub.add_model("org/a", folder)
     extra = {
@@ -244,6 +247,7 @@ def test_only_what_is_needed_is_fetched(hub: Hub, mlxq: Command, tmp_path: Path)
         "consolidated.safetensors": b"again",
         "original/consolidated.00.pth": b"again",
         "original/params.json": b"{}",
+        "original/additional_chat_templates/other.jinja": b"{{ other }}",
         "onnx/model.onnx": b"again",
         "model.fp16.safetensors": b"not listed",
         "picture.png": b"picture",
@@ -256,6 +260,7 @@ def test_only_what_is_needed_is_fetched(hub: Hub, mlxq: Command, tmp_path: Path)
     assert not asked & extra.keys()
     assert len(fetched_weights(hub)) == 2
     assert hashes(tmp_path / "out") == from_folder(folder, tmp_path / "same")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
     report = json.loads((tmp_path / "out" / "mlxq.json").read_text())
     assert report["source"]["revision"] == commit
     assert report["source"]["base_model"] == "org/a"

@@ -44,6 +44,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("made")
     source = llama(folder / "original")
     (source / "README.md").write_text(SOURCE_CARD)
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     plan = prepare(load_recipe("mixed_4_6"), str(source), Options())
     *_, last = run(plan, folder / "tiny-4bit", Options())
     assert isinstance(last, Finished)
@@ -84,7 +86,7 @@ def send(folder: Path, repo: str = "org/tiny", *, force: bool = False, **how: An
 
 
 def local(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 def remote(hub: Hub, repo: str = "org/tiny", revision: str = "main") -> dict[str, bytes]:
@@ -114,6 +116,7 @@ def test_what_is_published_is_what_is_here_and_loads(hub: Hub, model: Path, tmp_
     }
     fetched = Path(snapshot_download("org/tiny", cache_dir=tmp_path / "cache"))
     check_folder(fetched)
+    assert (fetched / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
     assert load(str(fetched))[0] is not None
     assert not [request for request in hub.log if request.storage and request.authorized]
 

@@ -84,6 +84,7 @@ def tokenizer_of(source: ModelSource) -> Iterator[Any]:
     with tempfile.TemporaryDirectory(prefix="mlxq-tokenizer-") as temporary:
         folder = Path(temporary)
         for name, content in source.sidecars.items():
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         try:
             yield AutoTokenizer.from_pretrained(folder)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from mlxq.errors import BadInputError
 from mlxq.headers import read_json
 from mlxq.retry import Waiting
+from mlxq.sources.base import TEMPLATES
 from mlxq.sources.hub_errors import hub_api, not_cached
 from mlxq.sources.hub_files import Asking, cached_file, download_small, read_header
 from mlxq.sources.remote import HubModel, Reference, RemoteFile, Scratch
@@ -146,7 +147,9 @@ def _open(remote: HubModel, name: str) -> SafetensorsFolder | GGUFSource:
 
 def _link(folder: Path, files: Mapping[str, Path]) -> None:
     for name, path in files.items():
-        (folder / Path(name).name).symlink_to(path.resolve())
+        link = folder / (name if _is_template(name) else Path(name).name)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(path.resolve())
 
 
 def _listing(asking: Asking) -> tuple[str, dict[str, int]]:
@@ -224,9 +227,15 @@ def _indexed(asking: Asking, commit: str, files: Mapping[str, int]) -> list[str]
 
 def _travels(name: str, *, trusted: bool) -> bool:
     """Is this a file that goes with the weights?"""
+    if _is_template(name):
+        return True
     if "/" in name or (name.endswith(".index.json") and name != INDEX) or name == "mlxq.json":
         return False
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*COMPANIONS, *([CODE] if trusted else ())))
+
+
+def _is_template(name: str) -> bool:
+    return Path(name).parent == Path(TEMPLATES) and name.endswith(".jinja")
 
 
 def _is_small(name: str, nbytes: int) -> bool:

@@ -16,7 +16,7 @@ from mlxq.files import sha256_file
 from mlxq.headers import encode_header, read_json
 from mlxq.metrics.size import Size
 from mlxq.planning.plan import Decision, Plan
-from mlxq.sources.base import ModelSource
+from mlxq.sources.base import TEMPLATES, ModelSource
 
 FILE_NAME = "mlxq.json"
 SCHEMA_VERSION = 1
@@ -113,10 +113,12 @@ def hash_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[str
 
     known = known or {}
     skipped = {FILE_NAME, FILE_NAME + ".new", "journal.jsonl", "lock"}
-    files = sorted(f for f in folder.iterdir() if f.is_file() and f.name not in skipped)
+    inside = (*folder.iterdir(), *(folder / TEMPLATES).glob("*"))
+    names = sorted(f.relative_to(folder).as_posix() for f in inside if f.is_file() and f.name not in skipped)
     with ThreadPoolExecutor(2) as pool:
-        digests = pool.map(lambda f: known.get(f.name) or sha256_file(f), files)
-        return {f.name: {"bytes": f.stat().st_size, "sha256": d} for f, d in zip(files, digests, strict=True)}
+        digests = pool.map(lambda name: known.get(name) or sha256_file(folder / name), names)
+        sizes = [(folder / name).stat().st_size for name in names]
+        return {n: {"bytes": b, "sha256": d} for n, b, d in zip(names, sizes, digests, strict=True)}
 
 
 def versions() -> dict[str, str]:
