@@ -25,6 +25,7 @@ from mlxq.publish.card import source_metadata, write_card
 from mlxq.recipe.load import Recipe, load_recipe, recipe_from_dict
 from mlxq.retry import Waiting
 from mlxq.sources.download import Downloading, fetch, fetch_companions
+from mlxq.sources.gguf_parts import model_name
 from mlxq.sources.resolve import resolve
 from mlxq.writing.disk_space import check_room
 from mlxq.writing.execute import Progress, execute
@@ -138,7 +139,7 @@ def _presets(draft: Plan) -> dict[str, dict[str, Format | None]]:
 
 def default_output(recipe: Recipe, model: str) -> Path:
     """``./<model>-<recipe>``, where neither the recipe nor the command line names a folder."""
-    name = Path(model.partition("@")[0]).resolve().name.removesuffix(".gguf")
+    name = model_name(Path(model.partition("@")[0]).resolve().name)
     return Path(f"{name}-{recipe.name}")
 
 

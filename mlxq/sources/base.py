@@ -63,6 +63,9 @@ class ModelSource(Protocol):
     def weight_files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
 
+    def file_of(self, name: str) -> Path:
+        """The weight file that holds a tensor."""
+
     @property
     def stored_bytes(self) -> int:
         """Bytes the weights take as stored."""

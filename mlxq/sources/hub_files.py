@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from mlxq import __version__
 from mlxq.headers import MAX_HEADER_BYTES
 from mlxq.retry import Waiting, patiently, told
-from mlxq.sources.gguf_header import is_whole_header
+from mlxq.sources.gguf_header import ROPE_FREQUENCIES, is_whole_header, span_of
 from mlxq.sources.hub_errors import explained
 from mlxq.sources.remote import Reference, RemoteFile
 
@@ -20,6 +20,7 @@ from mlxq.sources.remote import Reference, RemoteFile
 _FIRST_BYTES = 16_384
 _FIRST_GGUF_BYTES = 512 << 10
 _MAX_GGUF_HEADER_BYTES = 128 << 20
+_MAX_GGUF_TENSOR_BYTES = 1 << 20
 _REQUEST_TIMEOUT_S = 20.0
 _AT_ONCE = 8
 _T = TypeVar("_T")
@@ -72,8 +73,8 @@ def download_small(repo: str, name: str, commit: str) -> Path:
     return Path(hf_hub_download(repo, name, revision=commit, tqdm_class=counting_bar(lambda _: None)))
 
 
-def read_header(repo: str, commit: str, file: RemoteFile) -> bytes:
-    """The start of a weight file, as far as its header goes."""
+def read_header(repo: str, commit: str, file: RemoteFile) -> dict[int, bytes]:
+    """Pieces of a weight file by their offset: its start, as far as its header goes, and what is read with it."""
     from huggingface_hub import hf_hub_url
 
     url = hf_hub_url(repo, file.name, revision=commit)
@@ -83,12 +84,15 @@ def read_header(repo: str, commit: str, file: RemoteFile) -> bytes:
         while len(raw) < most and not is_whole_header(raw):
             raw += _read_range(url, len(raw), min(most, len(raw) + more))
             more = len(raw)
-        return raw
+        start, stop = span_of(raw, ROPE_FREQUENCIES)
+        if len(raw) >= stop or stop - start > _MAX_GGUF_TENSOR_BYTES or stop > file.nbytes:
+            return {0: raw}
+        return {0: raw, start: _read_range(url, start, stop)}
     raw = _read_range(url, 0, min(file.nbytes, _FIRST_BYTES))
     end = 8 + struct.unpack("<Q", raw[:8])[0] if len(raw) >= 8 else 0
     if len(raw) < end <= min(file.nbytes, MAX_HEADER_BYTES):
         raw += _read_range(url, len(raw), end)
-    return raw
+    return {0: raw}
 
 
 def _read_range(url: str, start: int, stop: int) -> bytes:

@@ -109,6 +109,10 @@ class SafetensorsFolder:
         """The files that hold the weights, sorted."""
         return tuple(sorted({tensor.file for tensor in self.stored.values()}))
 
+    def file_of(self, name: str) -> Path:
+        """The weight file that holds tensor ``name``."""
+        return self.stored[name].file
+
     @property
     def stored_bytes(self) -> int:
         """Bytes the weights take as stored."""

@@ -21,7 +21,6 @@ from mlxq.sources.base import ModelSource
 from mlxq.sources.download import Downloading, Transfer
 from mlxq.sources.hub import partly_opened
 from mlxq.sources.remote import RemoteFile
-from mlxq.sources.safetensors import SafetensorsFolder
 from mlxq.writing.execute import Progress, execute
 from mlxq.writing.folder import PartialFolder
 
@@ -140,6 +139,5 @@ def _shards_needed(plan: Plan, *, trust_remote_code: bool) -> Iterator[tuple[Ste
 def _file_of(source: ModelSource, tensor: str) -> str:
     """The weight file that holds a tensor, by its name in the repository."""
     assert source.remote is not None
-    if isinstance(source, SafetensorsFolder):
-        return source.stored[tensor].file.name
-    return source.remote.weights[0].name
+    name = source.file_of(tensor).name
+    return next(file.name for file in source.remote.weights if Path(file.name).name == name)
