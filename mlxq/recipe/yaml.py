@@ -64,7 +64,7 @@ def parse_document(text: str) -> Document:
         if _INDENTED_BY_TAB.match(line):
             return _unreadable(text, number, "a tab indents this line; YAML indents with spaces")
     try:
-        node = _compose(text)
+        node = compose(text)
         if node is None:
             return _unreadable(text, None, "is empty; a recipe is a mapping such as `default: {bits: 4}`")
         if not isinstance(node, yaml.MappingNode):
@@ -81,7 +81,7 @@ def parse_document(text: str) -> Document:
 def parse_value(text: str) -> Any:
     """A value from the command line, read as YAML. Raises ValueError saying what is wrong with it."""
     try:
-        node = _compose(text)
+        node = compose(text)
         if node is None:
             return None
         walk = _Walk()
@@ -145,8 +145,8 @@ def _explain(error: yaml.MarkedYAMLError, text: str) -> str:
     return f"is not valid YAML: {error.problem or error.context}"
 
 
-def _compose(text: str) -> yaml.Node | None:
-    """The node tree of the only document in ``text``.
+def compose(text: str, kind: str = "a recipe") -> yaml.Node | None:
+    """The node tree of the only document in ``text``, which is of this ``kind``; None where it is empty.
 
     Depth and aliases are checked on the event stream first: composing recurses, events don't.
     """
@@ -155,7 +155,7 @@ def _compose(text: str) -> yaml.Node | None:
         if isinstance(event, yaml.DocumentStartEvent):
             documents += 1
             if documents > 1:
-                raise _Refusal("holds a second document; a recipe is one", event)
+                raise _Refusal(f"holds a second document; {kind} is one", event)
         elif isinstance(event, yaml.CollectionStartEvent):
             depth += 1
         elif isinstance(event, yaml.CollectionEndEvent):

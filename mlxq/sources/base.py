@@ -12,6 +12,7 @@ from mlxq.tensors import TensorSpec
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from mlxq.sources.card import SourceCard
     from mlxq.sources.quantization import Quantization
     from mlxq.sources.remote import HubModel
 
@@ -84,6 +85,10 @@ class ModelSource(Protocol):
 
         A name is that of a file at the top, or ``additional_chat_templates/NAME.jinja``.
         """
+
+    @property
+    def card(self) -> SourceCard:
+        """What a new model card takes over: licence, languages, tags."""
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows ``start:stop`` of a tensor seen as a (rows, last axis) matrix.

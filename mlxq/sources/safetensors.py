@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mlxq.errors import BadInputError
 from mlxq.headers import StoredTensor, read_file_header, read_json
 from mlxq.sources.base import TEMPLATES
+from mlxq.sources.card import SourceCard, card_in
 from mlxq.sources.quantization import Quantization, believed, stated_quantization
 from mlxq.tensors import TensorSpec
 
@@ -141,6 +142,11 @@ class SafetensorsFolder:
             and file.name not in _NOT_SIDECAR_NAMES
             and file.suffix.lower() not in _NOT_SIDECARS
         }
+
+    @property
+    def card(self) -> SourceCard:
+        """What the folder's ``README.md`` gives a new card."""
+        return card_in(self.folder)
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows ``start:stop`` of tensor ``name``; see ``ModelSource.read_rows``."""
