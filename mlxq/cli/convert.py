@@ -43,12 +43,12 @@ def command(
     """
     from mlxq.cli.writing import say_waiting, show_plan, write_model
     from mlxq.errors import BadInputError
-    from mlxq.machine.runtime import load_blas
+    from mlxq.machine.backend import start_mlx
     from mlxq.recipe.load import recipe_from_dict
 
     if dequantize and keep_quantization:
         raise BadInputError("--dequantize and --keep-quantization exclude each other")
-    load_blas()
+    start_mlx()
     from mlxq.pipeline import Options, default_output, prepare
 
     recipe = recipe_from_dict({"dtype": dtype.value} if dtype else {}, "mlx")

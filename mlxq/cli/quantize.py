@@ -88,9 +88,9 @@ def command(
     _check_together(recipe, locked, sets, bpw, size, frontier, plot)
     spending = target = None
     if locked is not None:
-        from mlxq.machine.runtime import load_blas
+        from mlxq.machine.backend import start_mlx
 
-        load_blas()
+        start_mlx()
         from mlxq.pipeline import differing_files, prepare_locked
         from mlxq.writing.report import read_report
 
@@ -107,9 +107,9 @@ def command(
 
             # Said now, not after hours of work.
             check_login()
-        from mlxq.machine.runtime import load_blas
+        from mlxq.machine.backend import start_mlx
 
-        load_blas()
+        start_mlx()
         from mlxq.pipeline import Options, default_output, prepare
 
         recorded = None

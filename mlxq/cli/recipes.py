@@ -66,6 +66,9 @@ def check(
     try:
         recipe = load_recipe(file, sets or ())
         if model is not None:
+            from mlxq.machine.backend import start_mlx
+
+            start_mlx()
             from mlxq.cli.writing import say_waiting
             from mlxq.pipeline import Options, prepare
 

@@ -43,9 +43,11 @@ def command(
 
     Example: mlxq upload ./my-model-4bit org/my-model-4bit --dry-run
     """
+    from mlxq.machine.backend import start_mlx
     from mlxq.recipe.target import Target
     from mlxq.show.console import show_json, show_text
 
+    start_mlx()
     target = Target(repo, private, revision, create_pr, collection, message)
     if dry_run:
         _show_preview(folder, target, force=force, as_json=as_json, quiet=quiet)

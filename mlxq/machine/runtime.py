@@ -7,7 +7,6 @@ import ctypes.util
 import importlib.metadata
 import os
 import platform
-import resource
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
@@ -188,7 +187,9 @@ def _mlx_device() -> tuple[str, str, int | None]:
     try:
         import mlx.core as mx
     except ImportError as exc:
-        return "none", f"mlx does not load: {str(exc).splitlines()[0]}", None
+        from mlxq.machine.backend import no_mlx
+
+        return "none", no_mlx(exc).message, None
     # device_info moved from mx.metal to mx, and its keys differ between backends.
     ask = getattr(mx, "device_info", None) or getattr(getattr(mx, "metal", None), "device_info", None)
     info: Mapping[str, Any] = ask() if ask else {}
@@ -209,6 +210,8 @@ def logged_in() -> bool:
 
 def peak_rss_bytes() -> int:
     """The most memory this process has held so far (``ru_maxrss``: KiB on Linux, bytes on macOS)."""
+    import resource  # Windows has none, and nothing there comes this far.
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
