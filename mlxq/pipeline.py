@@ -90,7 +90,7 @@ def prepare(
 
     ``on_wait`` is told when the Hub lets one wait.
     """
-    source = resolve(model, trust_remote_code=options.trust_remote_code, on_wait=on_wait)
+    source = resolve(model, trusted=options.trust_remote_code, on_wait=on_wait)
     architecture = bind(source, trust_remote_code=options.trust_remote_code)
     remarks: tuple[str, ...] = ()
     if recipe.method != "rtn" and recipe.calibration.has_text:

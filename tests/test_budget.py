@@ -270,7 +270,7 @@ def test_the_commands_show_and_explain(deep: Path, tmp_path: Path) -> None:
     assert curve.exit_code == 0, curve.output
     facts = json.loads(curve.stdout)
     points = facts["curve"]
-    assert facts["schema"] == "mlxq.budget.spend"
+    assert facts["schema"] == "mlxq.budget"
     assert [p["predicted_kl"] for p in points] == sorted((p["predicted_kl"] for p in points), reverse=True)
     assert sum(p["measured_kl"] is not None for p in points) == 4
     command = ["quantize", str(deep), "--size", "600KB", "--set", FEW, "-o", str(tmp_path / "s"), "--no-generate"]

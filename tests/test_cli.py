@@ -30,7 +30,7 @@ def test_the_planned_bytes_are_the_files_bytes(model: str, tmp_path: Path) -> No
     written = json.loads(
         invoke("quantize", "mixed_4_6", "--model", model, "-o", str(out), "--json", "--no-generate").stdout
     )
-    assert planned["schema"] == "mlxq.planning.plan"
+    assert planned["schema"] == "mlxq.plan"
     assert planned["files"] == {"model.safetensors": (out / "model.safetensors").stat().st_size}
     assert written["metrics"]["size_bytes"] == planned["file_bytes"]
 
@@ -104,7 +104,7 @@ def test_faults_of_a_recipe_as_json(tmp_path: Path) -> None:
     bad.write_text("default: {bits: 7}\nrules:\n  - macth: lm_head\n")
     result = invoke("recipes", "check", str(bad), "--json")
     found = json.loads(result.stdout)
-    assert found["schema"] == "mlxq.recipe.load-check"
+    assert found["schema"] == "mlxq.recipe-check"
     assert {line.split(": ")[0] for line in found["faults"]} == {f"{bad}:1", f"{bad}:3"}
     assert isinstance(result.exception, BadInputError)
     good = invoke("recipes", "check", "4bit", "--json")

@@ -21,7 +21,7 @@ from mlxq.errors import BadInputError
 from mlxq.metrics.forward import evaluation_model
 from mlxq.pipeline import Options, prepare
 from mlxq.recipe.load import load_recipe, recipe_from_dict
-from mlxq.show.tables import plan_notes
+from mlxq.show.plan_tables import plan_notes
 from mlxq.sources.resolve import resolve
 from tests.checkpoints import LLAMA, build, save
 from tests.test_bit_identity import CONFIGS, SMALL, assert_same_bits, quantize, tensors

@@ -16,7 +16,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     ("mlxq", "errors", "tensors", "arrays", "fold", "retry"),
     (
-        "metrics.names",
+        "metrics.metric",
         "recipe",
         "methods",
         "machine.devices",

@@ -16,8 +16,10 @@ import pytest
 
 from mlxq.errors import BadInputError, MlxqError, RecipeError
 from mlxq.publish import card
-from mlxq.publish.publish import PLOT, Checked, Published, Target, check_folder, publish
+from mlxq.publish.check import PLOT, Checked, check_folder
+from mlxq.publish.publish import Published, publish
 from mlxq.recipe.load import load_recipe, recipe_from_dict
+from mlxq.recipe.target import Target
 from mlxq.retry import Waiting
 from tests.checkpoints import llama
 from tests.hub_server import READ_TOKEN, TOKEN, USER, Hub
@@ -283,7 +285,7 @@ def test_no_login(hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("repo", ["tiny", "org/", "org/a/b", "org/a--b", "org/.git", "https://hf.co/org/a"])
 def test_names_that_no_repository_has(repo: str, hub: Hub, mlxq: Command) -> None:
-    from mlxq.publish.publish import check_target
+    from mlxq.publish.check import check_target
 
     with pytest.raises(BadInputError, match="is no repository"):
         check_target(Target(repo))
@@ -571,7 +573,7 @@ def test_a_recipe_publishes_once_its_gates_passed(hub: Hub, tmp_path: Path, mlxq
     recipe, out = write_recipe(tmp_path, "kl_mean<5"), tmp_path / "out"
     done = mlxq("quantize", str(recipe), "-o", str(out), "--no-generate", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["schema"] == "mlxq.writing.report"
+    assert json.loads(done.stdout)["schema"] == "mlxq.report"
     assert remote(hub, f"{USER}/made") == local(out)
     assert hub.repos[f"{USER}/made"].private
     assert "kl_mean" in (out / "mlxq.json").read_text()

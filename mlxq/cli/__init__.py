@@ -53,9 +53,9 @@ def main() -> None:
     try:
         app()
     except MlxqError as error:
-        from mlxq.show.console import show_error
+        from mlxq.show.console import console
 
-        show_error(error)
+        console.error(error)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -59,7 +59,9 @@ def command(
     from mlxq.errors import BadInputError, GateError
     from mlxq.machine.backend import start_mlx
     from mlxq.recipe.gates import check_gates, parse_gate
+    from mlxq.show.console import console
 
+    console.use(quiet=quiet, as_json=as_json)
     gates = [parse_gate(line) for line in gate or ()]
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise BadInputError(f"--plot {plot}: name a .svg or .png file")
@@ -83,17 +85,17 @@ def command(
     )
     for name in (reference or models[0], *rest):
         if not names_recipe(name):
-            bring_here(name, quiet=quiet)
+            bring_here(name)
     with tempfile.TemporaryDirectory(prefix="mlxq-compare-") as scratch:
         original = model_candidate(reference or models[0], Path(scratch))
         candidates = [load_candidate(name, original, Path(scratch)) for name in rest]
         original, *candidates = with_distinct_names([original, *candidates], [reference or models[0], *rest])
-        comparison, interrupted = _measure(original, candidates, settings, quiet=quiet)
+        comparison, interrupted = _measure(original, candidates, settings)
     if comparison is None:
         raise KeyboardInterrupt
     results = check_gates(gates, {r.name: r.metrics() for r in comparison.candidates})
     _record(comparison, candidates)
-    _show(comparison, results, as_json=as_json, markdown=markdown, html=html, plot=plot)
+    _show(comparison, results, markdown=markdown, html=html, plot=plot)
     if interrupted:
         raise KeyboardInterrupt
     if failed := [result for result in results if not result.passed]:
@@ -101,15 +103,16 @@ def command(
 
 
 def _measure(
-    original: Candidate, candidates: Sequence[Candidate], settings: Settings, *, quiet: bool
+    original: Candidate, candidates: Sequence[Candidate], settings: Settings
 ) -> tuple[Comparison | None, bool]:
     """Run the comparison with progress; on Ctrl-C keep what is finished and say so."""
     from mlxq.comparison.measure import Comparison, compare
-    from mlxq.show.console import stages, warn
+    from mlxq.show.console import console
+    from mlxq.show.meters import stages
 
     done: Comparison | None = None
     interrupted = False
-    with stages("Comparing", quiet=quiet) as meter:
+    with stages("Comparing") as meter:
         try:
             for event in compare(original, candidates, settings):
                 if isinstance(event, Comparison):
@@ -119,11 +122,11 @@ def _measure(
         except KeyboardInterrupt:
             interrupted = True
     if interrupted:
-        warn("stopped; below is what was finished" if done else "stopped before anything was finished")
+        console.warn("stopped; below is what was finished" if done else "stopped before anything was finished")
     return done, interrupted
 
 
-def check_recipe_gates(gates: Sequence[str], model: str, out: Path, *, quiet: bool) -> None:
+def check_recipe_gates(gates: Sequence[str], model: str, out: Path) -> None:
     """Compare ``out`` with the model it was made from and hold it against a recipe's gates.
 
     The results go into its ``mlxq.json``. Raises GateError with a line per failed gate.
@@ -135,22 +138,22 @@ def check_recipe_gates(gates: Sequence[str], model: str, out: Path, *, quiet: bo
     from mlxq.metrics.forward import on_cpu
     from mlxq.metrics.speed import CPU_SETTINGS, SPEED_METRICS, SpeedSettings
     from mlxq.recipe.gates import check_gates, parse_gate
-    from mlxq.show.console import note
+    from mlxq.show.console import console
 
     parsed = [parse_gate(line) for line in gates]
     timed = any(gate.metric in SPEED_METRICS for gate in parsed)
     lengths = (CPU_SETTINGS if on_cpu() else SpeedSettings()) if timed else None
-    bring_here(model, quiet=quiet)
+    bring_here(model)
     with tempfile.TemporaryDirectory(prefix="mlxq-compare-") as scratch:
         original = model_candidate(model, Path(scratch))
         candidate = model_candidate(str(out), Path(scratch))
-        comparison, _ = _measure(original, [candidate], Settings(speed=lengths), quiet=quiet)
+        comparison, _ = _measure(original, [candidate], Settings(speed=lengths))
     if comparison is None or not comparison.complete:
         raise KeyboardInterrupt
     _record(comparison, [candidate])
     results = check_gates(parsed, {r.name: r.metrics() for r in comparison.candidates})
     for result in results:
-        note(f"gate {'passed' if result.passed else 'failed'}: {result}", quiet=quiet)
+        console.note(f"gate {'passed' if result.passed else 'failed'}: {result}")
     if failed := [result for result in results if not result.passed]:
         raise GateError("\n".join(f"gate failed for {result}" for result in failed), f"The model is in {out}.")
 
@@ -174,7 +177,6 @@ def _show(
     comparison: Comparison,
     gates: Sequence[GateResult],
     *,
-    as_json: bool,
     markdown: bool,
     html: Path | None,
     plot: Path | None,
@@ -182,28 +184,28 @@ def _show(
     from mlxq.comparison import charts
     from mlxq.comparison.measure import verdict
     from mlxq.comparison.report import comparison_facts, comparison_html, comparison_markdown, footnotes
-    from mlxq.show import tables
-    from mlxq.show.console import note, show, show_json, show_text
+    from mlxq.show import comparison_tables
+    from mlxq.show.console import console
 
     if html is not None:
         html.write_text(comparison_html(comparison, gates), encoding="utf-8")
-        note(f"wrote {html}")
+        console.note(f"wrote {html}")
     if plot is not None:
         charts.save_figure(charts.size_against_kl(comparison), plot)
-        note(f"wrote {plot}")
+        console.note(f"wrote {plot}")
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(summary).open("a", encoding="utf-8") as file:
             file.write(comparison_markdown(comparison, gates) + "\n")
-    if as_json:
-        show_json(comparison_facts(comparison, gates))
+    if console.as_json:
+        console.json(comparison_facts(comparison, gates))
     elif markdown:
-        show_text(comparison_markdown(comparison, gates))
+        console.text(comparison_markdown(comparison, gates))
     else:
-        for table in tables.comparison_tables(comparison):
-            show(table)
-        for table in tables.answer_tables(comparison):
-            show(table)
+        for table in comparison_tables.comparison_tables(comparison):
+            console.show(table)
+        for table in comparison_tables.answer_tables(comparison):
+            console.show(table)
         for result in comparison.candidates:
-            show_text(verdict(result, comparison.reference) + ".")
+            console.text(verdict(result, comparison.reference) + ".")
         for line in footnotes(comparison):
-            note(line)
+            console.note(line)

@@ -45,7 +45,9 @@ def command(
     from mlxq.errors import BadInputError
     from mlxq.machine.backend import start_mlx
     from mlxq.recipe.load import recipe_from_dict
+    from mlxq.show.console import console
 
+    console.use(quiet=quiet, as_json=as_json)
     if dequantize and keep_quantization:
         raise BadInputError("--dequantize and --keep-quantization exclude each other")
     start_mlx()
@@ -62,10 +64,8 @@ def command(
             plan,
             out=out,
             why=None,
-            as_json=as_json,
-            quiet=quiet,
             low_disk=low_disk,
             trust_remote_code=trust_remote_code,
         )
     else:
-        write_model(plan, out, options, force=force, generate=generate, as_json=as_json, quiet=quiet, low_disk=low_disk)
+        write_model(plan, out, options, force=force, generate=generate, low_disk=low_disk)

@@ -13,11 +13,12 @@ def command(as_json: Json = False) -> None:
     from dataclasses import asdict
 
     from mlxq.machine.runtime import environment
-    from mlxq.show.console import show, show_json
+    from mlxq.show.console import console
     from mlxq.show.tables import environment_table
 
+    console.use(as_json=as_json)
     found = environment()
-    if as_json:
-        show_json({"schema": "mlxq.env", "schema_version": 1, **asdict(found)})
+    if console.as_json:
+        console.json({"schema": "mlxq.env", "schema_version": 1, **asdict(found)})
     else:
-        show(environment_table(found))
+        console.show(environment_table(found))

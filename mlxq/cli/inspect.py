@@ -39,9 +39,10 @@ def command(
     Example: mlxq inspect ./my-model --device mac-m4 --context 8192
     """
     from mlxq.errors import BadInputError
-    from mlxq.show.console import note, show, show_json
+    from mlxq.show.console import console
     from mlxq.sources.resolve import resolve
 
+    console.use(quiet=quiet, as_json=as_json)
     if recipe is None and why != "*":
         raise BadInputError("--why explains what a recipe decides", "Add --recipe.")
     if recipe is not None:
@@ -65,35 +66,32 @@ def command(
 
         options = Options(requantize=True, trust_remote_code=trust_remote_code)
         plan = prepare(loaded, model, options, on_wait=say_waiting)
-        show_plan(plan, out=default_output(loaded, model), why=why, as_json=as_json, quiet=quiet)
+        show_plan(plan, out=default_output(loaded, model), why=why)
         return
     from mlxq.architecture.inspection import encode_text, inspect_model
     from mlxq.cli.writing import say_waiting
     from mlxq.machine.devices import find_device, this_machine
     from mlxq.machine.memory import estimate, fit
     from mlxq.recipe.load import shipped_recipes
-    from mlxq.show import tables
+    from mlxq.show import inspection_tables
 
-    source = resolve(model, tokenizer=text is not None, trust_remote_code=trust_remote_code, on_wait=say_waiting)
+    source = resolve(model, tokenizer=text is not None, trusted=trust_remote_code, on_wait=say_waiting)
     machine = find_device(device) if device else this_machine()
     found = inspect_model(source, context)
     encoding = encode_text(source, text) if text is not None else None
-    modules = tables.chosen_modules(found, match)
+    modules = inspection_tables.chosen_modules(found, match)
     fits = []
     for shipped in shipped_recipes():
         guess = estimate(found, shipped)
         reckoned = fit(guess.weight_bytes, found.config, context, machine, read_bytes=guess.read_bytes)
         fits.append((shipped.name, reckoned))
-    if as_json:
-        show_json(tables.inspection_facts(found, modules, machine, fits, encoding))
+    if console.as_json:
+        console.json(inspection_tables.inspection_facts(found, modules, machine, fits, encoding))
         return
-    show(tables.inspection_table(found))
-    show(tables.module_table(modules, folded=not layers))
+    console.show(inspection_tables.inspection_table(found))
+    console.show(inspection_tables.module_table(modules, folded=not layers))
     if encoding is not None:
-        show(tables.encoding_table(encoding))
-    show(tables.fit_heading(machine, context))
-    show(tables.fit_table(fits, machine))
-    note(
-        f"Sizes are estimates from the headers. To the byte: mlxq quantize RECIPE --model {model} --dry-run",
-        quiet=quiet,
-    )
+        console.show(inspection_tables.encoding_table(encoding))
+    console.show(inspection_tables.fit_heading(machine, context))
+    console.show(inspection_tables.fit_table(fits, machine))
+    console.note(f"Sizes are estimates from the headers. To the byte: mlxq quantize RECIPE --model {model} --dry-run")

@@ -84,7 +84,9 @@ def command(
     """
     from mlxq.cli.writing import fetched, say_waiting, show_plan, write_model
     from mlxq.errors import BadInputError, MlxqError
+    from mlxq.show.console import console
 
+    console.use(quiet=quiet, as_json=as_json)
     _check_together(recipe, locked, sets, bpw, size, frontier, plot)
     spending = target = None
     if locked is not None:
@@ -103,7 +105,7 @@ def command(
         if upload and not (dry_run or frontier or why is not None):
             target = loaded.upload
         if target is not None:
-            from mlxq.publish.publish import check_login
+            from mlxq.publish.hub import check_login
 
             # Said now, not after hours of work.
             check_login()
@@ -125,37 +127,31 @@ def command(
         if loaded.budget is not None:
             from mlxq.cli.spending import spend_budget
 
-            plan = fetched(plan, out, options, quiet=quiet)
-            plan, spending = spend_budget(plan, options, measure_curve=frontier, quiet=quiet)
+            plan = fetched(plan, out, options)
+            plan, spending = spend_budget(plan, options, measure_curve=frontier)
         elif frontier or explain:
             raise BadInputError(
                 f"{'--frontier' if frontier else '--explain'} is about a budget, and recipe {loaded.name} has none",
                 "Give one: --bpw 4.25, --size 2.2GB, or budget: in the recipe.",
             )
-    if spending is not None and not as_json:
+    if spending is not None and not console.as_json:
         from mlxq.cli.spending import show_spending
 
-        show_spending(spending, explain=explain, frontier=frontier, plot=plot, quiet=quiet)
+        show_spending(spending, explain=explain, frontier=frontier, plot=plot)
     if frontier:
-        if as_json:
-            from mlxq.show.console import show_json
-
-            show_json({"schema": "mlxq.budget.spend", "schema_version": 1, **(plan.spending or {})})
+        if console.as_json:
+            console.json({"schema": "mlxq.budget", "schema_version": 1, **(plan.spending or {})})
         return
     if dry_run or why is not None:
         show_plan(
             plan,
             out=out,
             why=why,
-            as_json=as_json,
-            quiet=quiet,
             low_disk=low_disk,
             trust_remote_code=trust_remote_code,
         )
         return
-    finished = write_model(
-        plan, out, options, force=force, generate=generate, as_json=as_json, quiet=quiet, low_disk=low_disk
-    )
+    finished = write_model(plan, out, options, force=force, generate=generate, low_disk=low_disk)
     if recorded is not None and (differing := differing_files(finished.report, recorded)):
         theirs, ours = recorded["versions"], finished.report["versions"]
         changed = [
@@ -171,11 +167,11 @@ def command(
         original = plan.source.name
         if plan.source.revision is not None:
             original = f"{original.partition('@')[0]}@{plan.source.revision}"
-        check_recipe_gates(plan.recipe.gates, original, out, quiet=quiet)
+        check_recipe_gates(plan.recipe.gates, original, out)
     if target is not None:
         from mlxq.cli.upload import publish_made
 
-        publish_made(out, target, quiet=quiet)
+        publish_made(out, target)
 
 
 def _check_together(

@@ -19,16 +19,17 @@ def listing(context: typer.Context, as_json: Json = False) -> None:
     if context.invoked_subcommand is not None:
         return
     from mlxq.recipe.load import shipped_recipes
-    from mlxq.show.console import note, show, show_json
+    from mlxq.show.console import console
     from mlxq.show.tables import recipes_table
 
+    console.use(as_json=as_json)
     found = shipped_recipes()
-    if as_json:
+    if console.as_json:
         entries = [{"name": r.name, "description": r.description, "recipe": r.resolved()} for r in found]
-        show_json({"schema": "mlxq.recipes", "schema_version": 1, "recipes": entries})
+        console.json({"schema": "mlxq.recipes", "schema_version": 1, "recipes": entries})
     else:
-        show(recipes_table(found))
-        note("mlxq recipes show NAME prints one; mlxq quantize NAME --model MODEL uses it.")
+        console.show(recipes_table(found))
+        console.note("mlxq recipes show NAME prints one; mlxq quantize NAME --model MODEL uses it.")
 
 
 @app.command()
@@ -37,12 +38,13 @@ def show(
 ) -> None:
     """Print a recipe as it was written."""
     from mlxq.recipe.load import load_recipe
-    from mlxq.show.console import show_json
+    from mlxq.show.console import console
 
+    console.use(as_json=as_json)
     recipe = load_recipe(name)
-    if as_json:
+    if console.as_json:
         entry = {"name": recipe.name, "description": recipe.description, "recipe": recipe.resolved()}
-        show_json({"schema": "mlxq.recipes", "schema_version": 1, "recipes": [entry]})
+        console.json({"schema": "mlxq.recipes", "schema_version": 1, "recipes": [entry]})
     else:
         sys.stdout.write(recipe.text)
 
@@ -59,10 +61,10 @@ def check(
     """Check a recipe; all faults are listed at once."""
     from mlxq.errors import RecipeError
     from mlxq.recipe.load import load_recipe
-    from mlxq.show.console import show as show_line
-    from mlxq.show.console import show_json
+    from mlxq.show.console import console
 
-    facts: dict[str, Any] = {"schema": "mlxq.recipe.load-check", "schema_version": 1, "recipe": file, "faults": []}
+    console.use(as_json=as_json)
+    facts: dict[str, Any] = {"schema": "mlxq.recipe-check", "schema_version": 1, "recipe": file, "faults": []}
     try:
         recipe = load_recipe(file, sets or ())
         if model is not None:
@@ -77,27 +79,27 @@ def check(
             if recipe.budget is None:
                 facts |= {"file_bytes": plan.file_bytes, "bits_per_weight": plan.bits_per_weight}
     except RecipeError as error:
-        if as_json:
-            show_json({**facts, "faults": list(error.faults)})
+        if console.as_json:
+            console.json({**facts, "faults": list(error.faults)})
         raise
-    if as_json:
-        show_json(facts)
+    if console.as_json:
+        console.json(facts)
     elif model is None:
-        show_line(f"{file}: no faults. --model MODEL also checks that its rules mean something on a model.")
+        console.show(f"{file}: no faults. --model MODEL also checks that its rules mean something on a model.")
     elif "file_bytes" not in facts:
-        show_line(f"{file}: no faults; on {model} its budget decides after calibration.")
+        console.show(f"{file}: no faults; on {model} its budget decides after calibration.")
     else:
         size = f"{facts['file_bytes']:,} bytes, {facts['bits_per_weight']:.3f} bits per weight"
-        show_line(f"{file}: no faults; on {model} it gives {size}.")
+        console.show(f"{file}: no faults; on {model} it gives {size}.")
 
 
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors (docs/recipes.md says how)."""
     from mlxq.recipe.load import json_schema
-    from mlxq.show.console import show_json
+    from mlxq.show.console import console
 
-    show_json(json_schema())
+    console.json(json_schema())
 
 
 @app.command("from-gguf")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxq.show.console import note, show, stages, warn
+from mlxq.show.console import console
+from mlxq.show.meters import stages
 
 if TYPE_CHECKING:
     from mlxq.budget.spend import Spending
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from mlxq.planning.plan import Plan
 
 
-def spend_budget(draft: Plan, options: Options, *, measure_curve: bool, quiet: bool) -> tuple[Plan, Spending]:
+def spend_budget(draft: Plan, options: Options, *, measure_curve: bool) -> tuple[Plan, Spending]:
     """Choose the formats that the recipe's budget leaves open."""
     import time
 
@@ -21,9 +22,9 @@ def spend_budget(draft: Plan, options: Options, *, measure_curve: bool, quiet: b
     from mlxq.pipeline import allocated_plan
 
     for remark in draft.remarks:
-        warn(remark)
+        console.warn(remark)
     began, stage = time.monotonic(), ""
-    with stages("Budget", quiet=quiet) as meter:
+    with stages("Budget") as meter:
         for event in allocated_plan(draft, options, measure_curve=measure_curve):
             if not isinstance(event, Scoring):
                 return event.plan, event.spending
@@ -35,23 +36,23 @@ def spend_budget(draft: Plan, options: Options, *, measure_curve: bool, quiet: b
     raise AssertionError("a budget ends with how it was spent")
 
 
-def show_spending(spending: Spending, *, explain: bool, frontier: bool, plot: Path | None, quiet: bool) -> None:
+def show_spending(spending: Spending, *, explain: bool, frontier: bool, plot: Path | None) -> None:
     """Print what the budget came to, what it was held against, and on request the curve and the reasons."""
     from mlxq.show import budget_tables
 
     for line in budget_tables.spending_lines(spending):
-        show(line)
+        console.show(line)
     if spending.checks:
-        show(budget_tables.checks_table(spending))
+        console.show(budget_tables.checks_table(spending))
     if explain:
-        show(budget_tables.bits_table(spending))
-        show(budget_tables.bought_table(spending))
-        show(budget_tables.next_line(spending))
+        console.show(budget_tables.bits_table(spending))
+        console.show(budget_tables.bought_table(spending))
+        console.show(budget_tables.next_line(spending))
     if frontier:
-        show(budget_tables.curve_table(spending.curve, predicted=spending.text is not None))
+        console.show(budget_tables.curve_table(spending.curve, predicted=spending.text is not None))
         if plot is not None:
             from mlxq.comparison.charts import save_figure, size_kl_curve
 
             save_figure(size_kl_curve(spending.facts()), plot)
-            note(f"The curve is drawn in {plot}.", quiet=quiet)
-        note("Nothing was written. Run it without --frontier to make the model.", quiet=quiet)
+            console.note(f"The curve is drawn in {plot}.")
+        console.note("Nothing was written. Run it without --frontier to make the model.")

@@ -11,7 +11,9 @@ import typer
 from mlxq.cli.options import Json, Quiet
 
 if TYPE_CHECKING:
-    from mlxq.publish.publish import Checked, FileChange, Outlook, Published, Step
+    from mlxq.publish.check import Checked
+    from mlxq.publish.outlook import FileChange, Outlook
+    from mlxq.publish.publish import Doing, Published
     from mlxq.recipe.target import Target
     from mlxq.retry import Waiting
 
@@ -45,85 +47,84 @@ def command(
     """
     from mlxq.machine.backend import start_mlx
     from mlxq.recipe.target import Target
-    from mlxq.show.console import show_json, show_text
+    from mlxq.show.console import console
 
+    console.use(quiet=quiet, as_json=as_json)
     start_mlx()
     target = Target(repo, private, revision, create_pr, collection, message)
     if dry_run:
-        _show_preview(folder, target, force=force, as_json=as_json, quiet=quiet)
+        _show_preview(folder, target, force=force)
         return
-    done = publish_folder(folder, target, force=force, quiet=quiet)
-    if as_json:
-        show_json(_published_facts(done, target))
+    done = publish_folder(folder, target, force=force)
+    if console.as_json:
+        console.json(_published_facts(done, target))
     else:
-        show_text(done.url)
+        console.text(done.url)
 
 
-def publish_folder(folder: Path, target: Target, *, force: bool, quiet: bool) -> Published:
+def publish_folder(folder: Path, target: Target, *, force: bool) -> Published:
     """Check ``folder`` and publish it with progress."""
     from mlxq.publish.publish import publish
-    from mlxq.show.console import note
+    from mlxq.show.console import console
 
-    checked = _check(folder, target, force=force, quiet=quiet)
-    done = _finish(publish(checked, target, force=force), quiet=quiet)
+    checked = _check(folder, target, force=force)
+    done = _finish(publish(checked, target, force=force))
     if not done.sent:
-        note(f"nothing changed: {target.repo} holds all of it", quiet=quiet)
+        console.note(f"nothing changed: {target.repo} holds all of it")
     return done
 
 
-def publish_made(folder: Path, target: Target, *, quiet: bool) -> None:
+def publish_made(folder: Path, target: Target) -> None:
     """Publish a model that was just made; where that fails, say how to go on without making it again."""
     from mlxq.errors import MlxqError
-    from mlxq.show.console import note
+    from mlxq.show.console import console
 
     try:
-        done = publish_folder(folder, target, force=False, quiet=quiet)
+        done = publish_folder(folder, target, force=False)
     except MlxqError as exc:
         hint = f"The model is in {folder}. To publish it: mlxq upload {folder} {target.repo}"
         raise type(exc)(exc.message, f"{exc.hint} {hint}" if exc.hint else hint) from exc
-    note(f"published: {done.url}", quiet=quiet)
+    console.note(f"published: {done.url}")
 
 
-def _show_preview(folder: Path, target: Target, *, force: bool, as_json: bool, quiet: bool) -> None:
+def _show_preview(folder: Path, target: Target, *, force: bool) -> None:
     from mlxq.publish.publish import preview
-    from mlxq.show import tables
-    from mlxq.show.console import note, show, show_json, show_text
+    from mlxq.show import upload_tables
+    from mlxq.show.console import console
 
-    checked = _check(folder, target, force=force, quiet=quiet)
+    checked = _check(folder, target, force=force)
     outlook = _result(preview(checked, target, force=force))
-    if as_json:
-        show_json(_preview_facts(outlook, target))
+    if console.as_json:
+        console.json(_preview_facts(outlook, target))
         return
-    show(tables.upload_table(outlook))
-    show(tables.upload_summary(target, outlook))
-    show_text(f"\nREADME.md:\n\n{outlook.card}")
-    note("Nothing was sent. Run it without --dry-run to publish the model.", quiet=quiet)
+    console.show(upload_tables.upload_table(outlook))
+    console.show(upload_tables.upload_summary(target, outlook))
+    console.text(f"\nREADME.md:\n\n{outlook.card}")
+    console.note("Nothing was sent. Run it without --dry-run to publish the model.")
 
 
-def _check(folder: Path, target: Target, *, force: bool, quiet: bool) -> Checked:
-    import sys
-
+def _check(folder: Path, target: Target, *, force: bool) -> Checked:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    from mlxq.publish.publish import check_folder, check_target
-    from mlxq.show.console import note, warn
+    from mlxq.publish.check import check_folder, check_target
+    from mlxq.show.console import console
 
-    if quiet or not sys.stderr.isatty():
+    if console.quiet or not console.at_a_terminal:
         disable_progress_bars()
     check_target(target)
-    note(f"checking every file of {folder}", quiet=quiet)
+    console.note(f"checking every file of {folder}")
     checked = check_folder(folder, force=force)
     for problem in checked.problems:
-        warn(f"{problem}; published all the same, as --force asks")
+        console.warn(f"{problem}; published all the same, as --force asks")
     for name in checked.left_out:
-        warn(f"{name} was not written by mlxq, so it is left out")
+        console.warn(f"{name} was not written by mlxq, so it is left out")
     return checked
 
 
-def _finish(events: Iterator[Step | Waiting | Published], *, quiet: bool) -> Published:
+def _finish(events: Iterator[Doing | Waiting | Published]) -> Published:
     from mlxq.publish.publish import Published
     from mlxq.retry import Waiting
-    from mlxq.show.console import note
+    from mlxq.show.console import console
 
     for event in events:
         if isinstance(event, Published):
@@ -131,7 +132,7 @@ def _finish(events: Iterator[Step | Waiting | Published], *, quiet: bool) -> Pub
         if isinstance(event, Waiting):
             _say_waiting(event)
         else:
-            note(event.what, quiet=quiet)
+            console.note(event.what)
     raise AssertionError("publishing ends with what was published")
 
 
@@ -145,9 +146,9 @@ def _result(events: Generator[Waiting, None, Outlook]) -> Outlook:
 
 
 def _say_waiting(event: Waiting) -> None:
-    from mlxq.show.console import warn
+    from mlxq.show.console import console
 
-    warn(f"{event.reason}; trying again in {event.seconds:.0f} s")
+    console.warn(f"{event.reason}; trying again in {event.seconds:.0f} s")
 
 
 def _preview_facts(outlook: Outlook, target: Target) -> dict[str, Any]:

@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from mlxq.show.console import interrupts, note, progress, show, show_json, show_text, warn
+from mlxq.cli.interrupts import interrupts
+from mlxq.show.console import console
+from mlxq.show.meters import progress
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -22,34 +24,34 @@ _T = TypeVar("_T")
 
 def say_waiting(event: Waiting) -> None:
     """Say on stderr that the Hub lets one wait."""
-    warn(f"{event.reason}; trying again in {event.seconds:.0f} s")
+    console.warn(f"{event.reason}; trying again in {event.seconds:.0f} s")
 
 
-def fetched(plan: Plan, out: Path, options: Options, *, quiet: bool) -> Plan:
+def fetched(plan: Plan, out: Path, options: Options) -> Plan:
     """The same plan with its source here, fetched with progress where it is on the Hub."""
     from mlxq.pipeline import with_weights
 
     if plan.source.remote is None:
         return plan
-    return _fetched(with_weights(plan, out, options), plan.source.name, quiet=quiet)
+    return _fetched(with_weights(plan, out, options), plan.source.name)
 
 
-def bring_here(model: str, *, quiet: bool) -> None:
+def bring_here(model: str) -> None:
     """Fetch a model into the cache, with progress, where it is on the Hub."""
     from mlxq.sources.download import fetch
     from mlxq.sources.resolve import resolve
 
     source = resolve(model, on_wait=say_waiting)
     if source.remote is not None:
-        _fetched(fetch(source), model, quiet=quiet)
+        _fetched(fetch(source), model)
 
 
-def _fetched(events: Generator[Downloading | Waiting, None, _T], name: str, *, quiet: bool) -> _T:
+def _fetched(events: Generator[Downloading | Waiting, None, _T], name: str) -> _T:
     """Run a download to its end, with progress; returns what it returns."""
     from mlxq.retry import Waiting
 
     try:
-        with progress(f"Fetching {name}", quiet=quiet) as meter:
+        with progress(f"Fetching {name}") as meter:
             while True:
                 try:
                     event = next(events)
@@ -61,7 +63,9 @@ def _fetched(events: Generator[Downloading | Waiting, None, _T], name: str, *, q
                 else:
                     meter.update(event.done_bytes, event.total_bytes, event.file)
     except KeyboardInterrupt:
-        warn("stopped; files that are complete stay in the cache, and the same command continues with the others")
+        console.warn(
+            "stopped; files that are complete stay in the cache, and the same command continues with the others"
+        )
         raise
 
 
@@ -70,28 +74,26 @@ def show_plan(
     *,
     out: Path,
     why: str | None,
-    as_json: bool,
-    quiet: bool,
     low_disk: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
     """Print the plan: as JSON, as the reasons for the modules ``why`` matches, or as the whole table."""
-    from mlxq.show import tables
+    from mlxq.show import plan_tables
     from mlxq.writing.disk_space import room_needed
     from mlxq.writing.report import plan_facts
 
     room = room_needed(plan, out, low_disk=low_disk, trust_remote_code=trust_remote_code)
-    if as_json:
-        facts = {"output": str(out), **plan_facts(plan), "disk": tables.room_facts(room)}
-        show_json({"schema": "mlxq.planning.plan", "schema_version": 1, **facts})
+    if console.as_json:
+        facts = {"output": str(out), **plan_facts(plan), "disk": plan_tables.room_facts(room)}
+        console.json({"schema": "mlxq.plan", "schema_version": 1, **facts})
     elif why is not None:
-        show(tables.why_table(plan, why))
+        console.show(plan_tables.why_table(plan, why))
     else:
-        show(tables.plan_table(plan))
-        for line in (*tables.plan_summary(plan), *tables.room_summary(room)):
-            show(line)
+        console.show(plan_tables.plan_table(plan))
+        for line in (*plan_tables.plan_summary(plan), *plan_tables.room_summary(room)):
+            console.show(line)
         what = "written" if plan.recipe.budget else "read or written"
-        note(f"Nothing was {what}. Run it without --dry-run to make the model.", quiet=quiet)
+        console.note(f"Nothing was {what}. Run it without --dry-run to make the model.")
 
 
 def write_model(
@@ -101,39 +103,37 @@ def write_model(
     *,
     force: bool,
     generate: bool,
-    as_json: bool,
-    quiet: bool,
     low_disk: bool = False,
 ) -> Finished:
     """Run a plan with progress, then show the result and the line that tries it."""
     from mlxq.pipeline import Finished, Resumed, check_output, run
     from mlxq.retry import Waiting
-    from mlxq.show.tables import plan_notes
+    from mlxq.show.plan_tables import plan_notes
     from mlxq.sources.download import Downloading
     from mlxq.writing.execute import Progress
 
     began = time.perf_counter()
     check_output(plan, out, force=force)
     for line in plan_notes(plan):
-        note(line, quiet=quiet)
+        console.note(line)
     if low_disk and plan.source.remote is None:
-        note(f"{plan.source.name} is on this disk already, so --low-disk changes nothing", quiet=quiet)
+        console.note(f"{plan.source.name} is on this disk already, so --low-disk changes nothing")
     if not low_disk:
-        plan = fetched(plan, out, options, quiet=quiet)
+        plan = fetched(plan, out, options)
     finished: Finished | None = None
     written = 0
     partial = out.with_name(out.name + ".partial")
     try:
-        with interrupts() as stop_if_pressed, progress(f"Writing {out.name}", quiet=quiet) as meter:
+        with interrupts() as stop_if_pressed, progress(f"Writing {out.name}") as meter:
             for event in run(plan, out, options, force=force, low_disk=low_disk):
                 stop_if_pressed()
                 if isinstance(event, Progress):
                     written = event.written_bytes
                     meter.update(event.written_bytes, event.total_bytes, event.finished)
                 elif isinstance(event, Resumed) and event.discarded:
-                    warn(f"{event.folder} held work on another plan; it was started afresh")
+                    console.warn(f"{event.folder} held work on another plan; it was started afresh")
                 elif isinstance(event, Resumed):
-                    note(f"continuing {event.folder}: {event.step_count} tensors were finished", quiet=quiet)
+                    console.note(f"continuing {event.folder}: {event.step_count} tensors were finished")
                 elif isinstance(event, Waiting):
                     say_waiting(event)
                 elif isinstance(event, Downloading):
@@ -142,30 +142,27 @@ def write_model(
                     finished = event
     except KeyboardInterrupt:
         if partial.is_dir():
-            warn(f"stopped; what is finished stays in {partial}, and the same command continues from there")
+            console.warn(f"stopped; what is finished stays in {partial}, and the same command continues from there")
         else:
-            warn(f"stopped; {out} is complete" if out.is_dir() else "stopped; nothing was written")
+            console.warn(f"stopped; {out} is complete" if out.is_dir() else "stopped; nothing was written")
         raise
     assert finished is not None
     seconds = time.perf_counter() - began
-    _show_result(plan, finished, seconds, generate=generate, as_json=as_json, quiet=quiet)
+    _show_result(plan, finished, seconds, generate=generate)
     return finished
 
 
-def _show_result(plan: Plan, finished: Finished, seconds: float, *, generate: bool, as_json: bool, quiet: bool) -> None:
+def _show_result(plan: Plan, finished: Finished, seconds: float, *, generate: bool) -> None:
     from mlxq.machine.runtime import free_memory_bytes
     from mlxq.metrics.generation import generate_once
-    from mlxq.show import tables
+    from mlxq.show import plan_tables
     from mlxq.writing.report import write_report
 
     answer = None
     if generate and finished.report["metrics"]["size_bytes"] * 1.5 > free_memory_bytes():
-        note(
-            "The model is too large for this machine's free memory, so it was not asked anything.",
-            quiet=quiet,
-        )
+        console.note("The model is too large for this machine's free memory, so it was not asked anything.")
     elif generate:
-        note("Asking the new model a question ...", quiet=quiet)
+        console.note("Asking the new model a question ...")
         answer = generate_once(finished.out)
         finished.report["generation"] = {
             "prompt": answer.prompt,
@@ -176,9 +173,9 @@ def _show_result(plan: Plan, finished: Finished, seconds: float, *, generate: bo
             "device": answer.device,
         }
         write_report(finished.report, finished.out)
-    if as_json:
-        show_json({"output": str(finished.out), **finished.report})
+    if console.as_json:
+        console.json({"output": str(finished.out), **finished.report})
         return
-    show(tables.result_table(plan, finished, answer, seconds))
-    show("Try it:")
-    show_text(f'  mlx_lm.generate --model {shlex.quote(str(finished.out))} --prompt "Why is the sky blue?"')
+    console.show(plan_tables.result_table(plan, finished, answer, seconds))
+    console.show("Try it:")
+    console.text(f'  mlx_lm.generate --model {shlex.quote(str(finished.out))} --prompt "Why is the sky blue?"')

@@ -8,25 +8,11 @@ from typing import Any
 
 from mlxq import __version__
 from mlxq.comparison.measure import Comparison, ModelResult, verdict
-from mlxq.metrics.names import METRICS, value_text
+from mlxq.metrics.metric import METRICS, Metric, chosen, value_text, with_error_text
 from mlxq.recipe.gates import GateResult
 
 SCHEMA = "mlxq.comparison"
 SCHEMA_VERSION = 1
-# The columns of every table, in order; a column that no model has is left out.
-COLUMNS = (
-    "size_bytes",
-    "bits_per_weight",
-    "generation_tps",
-    "prompt_tps",
-    "peak_memory_bytes",
-    "load_s",
-    "kl_mean",
-    "kl_p99",
-    "top1_agreement",
-    "ppl",
-    "ppl_ratio",
-)
 _HISTOGRAM_EDGES = tuple(10 ** (exponent / 4) for exponent in range(-28, 9))
 
 
@@ -102,22 +88,9 @@ def _number(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def cell_text(result: ModelResult, name: str) -> str:
-    """A metric of a model, with its standard error where it has one."""
-    metrics = result.metrics()
-    value, error = (
-        metrics.get(name),
-        metrics.get(f"{name.removesuffix('_mean')}_mean_se" if name == "kl_mean" else f"{name}_se"),
-    )
-    text = value_text(name, value)
-    if value is None or error is None or not math.isfinite(error) or not math.isfinite(value):
-        return text
-    return f"{text} \u00b1 {error:.2%}" if name == "ppl_ratio" else f"{text} \u00b1 {error:.1g}"
-
-
-def shown_columns(comparison: Comparison) -> list[str]:
-    """The metrics that at least one model has."""
-    return [name for name in COLUMNS if any(r.metrics().get(name) is not None for r in comparison.results)]
+def shown_columns(comparison: Comparison) -> list[Metric]:
+    """The metrics of a report that at least one model has."""
+    return chosen(lambda metric: metric.page, [result.metrics() for result in comparison.results])
 
 
 def best_names(comparison: Comparison, column: str) -> set[str]:
@@ -140,14 +113,14 @@ def comparison_markdown(comparison: Comparison, gates: Sequence[GateResult] = ()
     """A table for a model card or a pull request, best values in bold, and what a reader needs to redo it."""
     columns = shown_columns(comparison)
     lines = [
-        "| model | " + " | ".join(METRICS[name].label for name in columns) + " |",
+        "| model | " + " | ".join(metric.label for metric in columns) + " |",
         "|---|" + "---:|" * len(columns),
     ]
     for result in comparison.results:
         cells = []
-        for name in columns:
-            text = cell_text(result, name)
-            cells.append(f"**{text}**" if result.name in best_names(comparison, name) else text)
+        for metric in columns:
+            text = with_error_text(metric.name, result.metrics())
+            cells.append(f"**{text}**" if result.name in best_names(comparison, metric.name) else text)
         mark = " (reference)" if result is comparison.reference else " (tied)" if result.tied else ""
         lines.append(f"| {_escaped(result.name)}{mark} | " + " | ".join(cells) + " |")
     lines.append("")
@@ -190,8 +163,11 @@ def comparison_html(comparison: Comparison, gates: Sequence[GateResult] = ()) ->
             "is_reference": result is comparison.reference,
             "tied": result.tied,
             "cells": [
-                {"text": cell_text(result, name), "best": result.name in best_names(comparison, name)}
-                for name in columns
+                {
+                    "text": with_error_text(metric.name, result.metrics()),
+                    "best": result.name in best_names(comparison, metric.name),
+                }
+                for metric in columns
             ],
         }
         for result in comparison.results
@@ -200,7 +176,7 @@ def comparison_html(comparison: Comparison, gates: Sequence[GateResult] = ()) ->
     device = next((r.speed.device for r in comparison.results if r.speed), "")
     return environment.get_template("compare.html").render(
         comparison=comparison,
-        headings=[METRICS[name].label for name in columns],
+        headings=[metric.label for metric in columns],
         rows=rows,
         verdicts=[verdict(result, comparison.reference) for result in comparison.candidates],
         gates=gates,

@@ -17,7 +17,7 @@ from typing import Any
 
 from mlxq.errors import BadInputError
 from mlxq.fold import fold
-from mlxq.metrics.names import value_text
+from mlxq.metrics.metric import chosen, value_text, with_error_text
 from mlxq.sources.base import ModelSource
 
 FILE_NAME = "README.md"
@@ -26,16 +26,6 @@ BEGIN, END = "<!-- mlxq:begin -->", "<!-- mlxq:end -->"
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
 # Tags that name what the source was stored for, which the result is not.
 _DROPPED_TAGS = {"gguf", "pytorch", "tf", "jax", "onnx", "transformers", "endpoints_compatible"}
-_MEASURED = (
-    ("kl_mean", "KL divergence from the original, mean per token, nats"),
-    ("kl_p99", "KL divergence, 99% of tokens are below, nats"),
-    ("top1_agreement", "Most likely token is the original's"),
-    ("ppl", "Perplexity"),
-    ("ppl_ratio", "Perplexity, change from the original"),
-    ("generation_tps", "Generation, tokens/s"),
-    ("prompt_tps", "Prompt, tokens/s"),
-    ("peak_memory_bytes", "Peak memory"),
-)
 
 
 @dataclass(frozen=True)
@@ -302,7 +292,9 @@ def _measured(report: Mapping[str, Any], plot: str | None) -> str | None:
     found = report.get("comparison")
     if not found:
         return None
-    rows = [(label, _value(found, name)) for name, label in _MEASURED]
+    values = {**found["metrics"], **dict.fromkeys(found["nan"], math.nan)}
+    # How far it is from the original comes first, then what it takes to run.
+    rows = sorted(chosen(lambda metric: metric.card is not None, [values]), key=lambda row: row.table != "distance")
     text = found["text"]
     # A GGUF file is a quantization of the model it names, not that model.
     reference = "that GGUF file" if report["source"]["kind"] == "gguf" else _origin(report)
@@ -317,24 +309,10 @@ def _measured(report: Mapping[str, Any], plot: str | None) -> str | None:
     if timing := found.get("timing"):
         notes.append(f"Timed on: {timing['device']}.")
     lines = ["## What it cost", "", f"It is {verdict}.", "", "| | |", "|---|---:|"]
-    lines += [f"| {label} | {value} |" for label, value in rows if value is not None]
+    lines += [f"| {row.card} | {with_error_text(row.name, values)} |" for row in rows]
     if plot is not None:
         lines += ["", f"![Bits per weight of each layer, and how far single tokens are from the original]({plot})"]
     return "\n".join([*lines, "", " ".join(notes)])
-
-
-def _value(found: Mapping[str, Any], name: str) -> str | None:
-    """A measured value with its standard error, as text; None where it was not measured."""
-    metrics = found["metrics"]
-    if name in found["nan"]:
-        return "NaN"
-    if metrics.get(name) is None:
-        return None
-    error = metrics.get({"kl_mean": "kl_mean_se", "ppl_ratio": "ppl_ratio_se"}.get(name, ""))
-    text = value_text(name, metrics[name])
-    if error is None:
-        return text
-    return f"{text} ± {error:.2%}" if name == "ppl_ratio" else f"{text} ± {error:.1g}"
 
 
 def _reproduce(report: Mapping[str, Any], name: str) -> str:

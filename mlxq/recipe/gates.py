@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mlxq.errors import BadInputError
-from mlxq.metrics.names import METRICS
+from mlxq.metrics.metric import METRICS
 from mlxq.tensors import BYTE_UNITS
 
 _OPERATORS: dict[str, Callable[[float, float], bool]] = {

@@ -12,7 +12,7 @@ from mlxq.tensors import TensorSpec
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from mlxq.sources.hub import HubModel
+    from mlxq.sources.remote import HubModel
 
 
 class ModelSource(Protocol):
@@ -33,6 +33,10 @@ class ModelSource(Protocol):
     @property
     def revision(self) -> str | None:
         """Commit the files came from, where known."""
+
+    @property
+    def trusted(self) -> bool:
+        """Whether Python files that come with it may run: only a person at the command line can say so."""
 
     @property
     def remote(self) -> HubModel | None:

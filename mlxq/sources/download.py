@@ -12,17 +12,10 @@ from pathlib import Path
 from mlxq.errors import MlxqError
 from mlxq.retry import Waiting, patiently
 from mlxq.sources.base import ModelSource
-from mlxq.sources.hub import (
-    HubModel,
-    Reference,
-    RemoteFile,
-    add_companions,
-    counting_bar,
-    explained,
-    opened,
-    remember_revision,
-    resume_after_resets,
-)
+from mlxq.sources.hub import add_companions, opened, remember_revision
+from mlxq.sources.hub_errors import explained
+from mlxq.sources.hub_files import counting_bar, resume_after_resets
+from mlxq.sources.remote import HubModel, Reference, RemoteFile
 
 _AT_ONCE = 4
 _LOOK_EVERY_S = 0.1

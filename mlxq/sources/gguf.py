@@ -32,7 +32,7 @@ from mlxq.tensors import TensorSpec
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from mlxq.sources.hub import HubModel, Scratch
+    from mlxq.sources.remote import HubModel, Scratch
 
 SAMPLE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 SAMPLE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -64,6 +64,7 @@ class GGUFSource:
     bound: Mapping[str, BoundTensor]
     base_model: str | None = None
     revision: str | None = None
+    trusted: bool = False
     kind: str = "gguf"
     weights_folder: Path | None = None
     remote: HubModel | None = None

@@ -15,13 +15,13 @@ def resolve(
     model: str,
     *,
     tokenizer: bool = False,
-    trust_remote_code: bool = False,
+    trusted: bool = False,
     on_wait: Callable[[Waiting], None] = lambda _: None,
 ) -> ModelSource:
     """Open ``model`` by its headers: nothing of the weights is fetched where it is on the Hub.
 
-    ``tokenizer`` has the tokenizer fetched there, ``trust_remote_code`` Python files too; ``on_wait`` is told when
-    the Hub lets one wait. Raises BadInputError where it is neither a folder, a ``.gguf`` file, ``sample`` nor
+    ``tokenizer`` has the tokenizer fetched there, ``trusted`` lets Python files that come with it run; ``on_wait`` is
+    told when the Hub lets one wait. Raises BadInputError where it is neither a folder, a ``.gguf`` file, ``sample`` nor
     ``org/name[/file.gguf][@revision]``.
     """
     if model == "sample":
@@ -30,7 +30,7 @@ def resolve(
         return open_gguf(sample_path(), "sample")
     path = Path(model).expanduser()
     if path.is_dir():
-        return open_folder(path, model)
+        return open_folder(path, model, trusted=trusted)
     if path.is_file():
         if path.suffix == ".gguf":
             from mlxq.sources.gguf import open_gguf
@@ -40,10 +40,11 @@ def resolve(
             f"{model} is a file that is not GGUF",
             "Name the folder that holds config.json and the weights, or a .gguf file.",
         )
-    from mlxq.sources.hub import open_hub, parse_reference
+    from mlxq.sources.hub import open_hub
+    from mlxq.sources.remote import parse_reference
 
     if (reference := parse_reference(model)) is not None:
-        return open_hub(model, reference, tokenizer=tokenizer, trust_remote_code=trust_remote_code, on_wait=on_wait)
+        return open_hub(model, reference, tokenizer=tokenizer, trusted=trusted, on_wait=on_wait)
     raise BadInputError(
         f"no model at {model!r}",
         "Name a folder, a .gguf file, a Hub id such as org/name, or 'sample' for the installed sample model.",

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from mlxq.sources.hub import HubModel, Scratch
+    from mlxq.sources.remote import HubModel, Scratch
 
 # A header larger than this is refused by the reference implementation too.
 MAX_HEADER_BYTES = 100_000_000
@@ -185,6 +185,7 @@ class SafetensorsFolder:
     stored: Mapping[str, StoredTensor]
     base_model: str | None = None
     revision: str | None = None
+    trusted: bool = False
     kind: str = "safetensors"
     remote: HubModel | None = None
     scratch: Scratch | None = None
@@ -262,10 +263,8 @@ def read_json(file: Path) -> dict[str, Any]:
     return data
 
 
-def open_folder(
-    folder: Path, name: str, *, base_model: str | None = None, revision: str | None = None
-) -> SafetensorsFolder:
-    """Open a model folder by its headers.
+def open_folder(folder: Path, name: str, *, trusted: bool = False) -> SafetensorsFolder:
+    """Open a model folder by its headers; ``trusted`` where its own Python files may run.
 
     Reads the files ``mlx_lm`` would read (``model*.safetensors``). Raises BadInputError where the folder is not a
     model, or where the index names files that are not there.
@@ -307,4 +306,4 @@ def open_folder(
             stored[tensor.spec.name] = tensor
     if not stored:
         raise BadInputError(f"{folder} holds no tensors")
-    return SafetensorsFolder(name, folder, config, stored, base_model, revision)
+    return SafetensorsFolder(name, folder, config, stored, trusted=trusted)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlxq.errors import BadInputError, MlxqError
 from mlxq.planning.plan import Plan
-from mlxq.sources.hub import cached_file
+from mlxq.sources.hub_files import cached_file
 from mlxq.writing.low_disk import most_held_bytes, stages
 
 

@@ -18,7 +18,8 @@ from mlxq.planning.plan import Plan, Step
 from mlxq.retry import Waiting
 from mlxq.sources.base import ModelSource
 from mlxq.sources.download import Downloading, Transfer
-from mlxq.sources.hub import RemoteFile, partly_opened
+from mlxq.sources.hub import partly_opened
+from mlxq.sources.remote import RemoteFile
 from mlxq.sources.safetensors import SafetensorsFolder
 from mlxq.writing.execute import Progress, execute
 from mlxq.writing.folder import PartialFolder

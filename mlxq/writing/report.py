@@ -78,7 +78,7 @@ def build_report(
     """Everything ``mlxq.json`` holds, with a SHA-256 of every file of ``folder``. Timings are in seconds."""
     facts = plan_facts(plan)
     return {
-        "schema": "mlxq.writing.report",
+        "schema": "mlxq.report",
         "schema_version": SCHEMA_VERSION,
         "versions": versions(),
         "source": facts["source"],
@@ -135,7 +135,7 @@ def read_report(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise BadInputError(f"no such file: {file}", "Name the mlxq.json beside a model that mlxq wrote.")
     report = read_json(file)
-    if report.get("schema") != "mlxq.writing.report":
+    if report.get("schema") != "mlxq.report":
         raise BadInputError(f"{file} is not an mlxq report")
     if int(report.get("schema_version", 0)) > SCHEMA_VERSION:
         raise BadInputError(f"{file} was written by a newer mlxq ({report['versions']['mlxq']})", "Update mlxq.")

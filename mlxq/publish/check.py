@@ -1,0 +1,91 @@
+"""A finished model proved before it is published: every file, every hash, and that it loads."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxq.architecture.bind import open_lazily
+from mlxq.errors import BadInputError
+from mlxq.publish import card
+from mlxq.recipe.target import Target, target_faults
+from mlxq.writing.report import FILE_NAME, hash_files, read_report
+
+PLOT = "mlxq-comparison.png"
+# Written anew at each upload, so what their hashes were says nothing.
+DRAWN = (card.FILE_NAME, PLOT)
+# What mlx-lm would load beside the new weights, were it left from an earlier upload.
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A finished model: what its ``mlxq.json`` says, and the size and SHA-256 of each file to publish.
+
+    ``plot`` draws what was measured (PNG), where something was. ``problems`` are those that ``force`` let pass;
+    ``left_out`` are files that mlxq did not write.
+    """
+
+    folder: Path
+    report: Mapping[str, Any]
+    files: Mapping[str, Mapping[str, Any]]
+    plot: bytes | None
+    problems: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+
+def check_target(target: Target) -> None:
+    """Refuse what cannot be, before anything is read. Raises BadInputError."""
+    if faults := [message for _, message in target_faults(target)]:
+        raise BadInputError("\n".join(faults))
+
+
+def check_folder(folder: Path, *, force: bool = False) -> Checked:
+    """Prove that ``folder`` holds a whole model, as mlxq made it: every file, every hash, and that it loads.
+
+    The card is excused: a person may edit it. Raises BadInputError with every problem; ``force`` lets all pass but
+    a missing ``mlxq.json``, without which there is nothing to publish by.
+    """
+    if not (folder / FILE_NAME).is_file():
+        unfinished = folder.name.endswith(".partial") or folder.with_name(folder.name + ".partial").is_dir()
+        raise BadInputError(
+            f"{folder} is no finished model of mlxq: it has no {FILE_NAME}",
+            "It was interrupted: run the command that made it again, and it continues."
+            if unfinished
+            else "Name the folder that mlxq quantize or mlxq convert wrote.",
+        )
+    report = read_report(folder / FILE_NAME)
+    recorded: dict[str, dict[str, Any]] = report["files"]
+    found = hash_files(folder)
+    problems = [
+        f"{name} is missing" if name not in found else f"{name} is not what was written: its SHA-256 differs"
+        for name, facts in recorded.items()
+        if name not in DRAWN and found.get(name, {}).get("sha256") != facts["sha256"]
+    ]
+    foreign = [name for name in found if name not in recorded and name not in DRAWN]
+    weights = [name for name in foreign if fnmatch.fnmatch(name, WEIGHTS[0])]
+    problems += [f"{name} holds weights that mlxq did not write" for name in weights]
+    if not problems or force:
+        try:
+            open_lazily(folder, str(folder), trust_remote_code=bool(report["options"].get("trust_remote_code")))
+        except BadInputError as exc:
+            problems.append(f"it does not load: {exc.message}")
+    if problems and not force:
+        raise BadInputError(
+            "\n".join(f"{folder}: {problem}" for problem in problems),
+            "Make it again, or publish it as it is with --force.",
+        )
+    files = {name: facts for name, facts in found.items() if name in recorded or name in weights}
+    left_out = tuple(name for name in foreign if name not in weights)
+    kept = {name: facts for name, facts in files.items() if name not in DRAWN}
+    return Checked(folder, report, kept, _plot(report), tuple(problems), left_out)
+
+
+def _plot(report: Mapping[str, Any]) -> bytes | None:
+    from mlxq.comparison import charts
+
+    measured = report.get("comparison")
+    return charts.as_png(charts.one_model(measured)) if measured and "kl_histogram" in measured else None

@@ -1,0 +1,153 @@
+"""What publishing would do: each file here against what the Hub holds, and the card as it would be."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlxq.errors import BadInputError
+from mlxq.publish import card
+from mlxq.publish.check import PLOT, WEIGHTS, Checked
+from mlxq.publish.hub import HubFile, Remote, git_hash, hub_api, remote_state, remote_text
+from mlxq.recipe.target import Target
+from mlxq.writing.report import FILE_NAME, report_bytes
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+
+@dataclass(frozen=True)
+class FileChange:
+    """A file as publishing would leave it; ``change`` is new, changed, unchanged or removed."""
+
+    name: str
+    size_bytes: int
+    change: str
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What publishing would do. ``drawn`` holds the files written for it: the card, its plot, ``mlxq.json``."""
+
+    remote: Remote
+    changes: tuple[FileChange, ...]
+    drawn: Mapping[str, bytes]
+
+    @property
+    def card(self) -> str:
+        return self.drawn[card.FILE_NAME].decode()
+
+    def named(self, *changes: str) -> tuple[FileChange, ...]:
+        """The files with one of these changes."""
+        return tuple(each for each in self.changes if each.change in changes)
+
+
+def look(checked: Checked, target: Target, *, force: bool) -> Outlook:
+    """Hold what is here against what the Hub holds now.
+
+    Raises BadInputError where the card was edited both here and there, and ``force`` is not given.
+    """
+    api = hub_api()
+    remote = remote_state(api, target)
+    drawn = _draw(checked, target, _card_to_keep(api, checked, target, remote, force=force))
+    ours = {
+        **{name: (facts["bytes"], facts["sha256"]) for name, facts in checked.files.items()},
+        **{name: (len(content), hashlib.sha256(content).hexdigest()) for name, content in drawn.items()},
+    }
+    changes = [
+        FileChange(name, size, change_of(remote.files.get(name), sha256, drawn.get(name), checked.folder / name))
+        for name, (size, sha256) in sorted(ours.items())
+    ]
+    stale = [
+        FileChange(name, there.size_bytes, "removed")
+        for name, there in remote.files.items()
+        if name not in ours and (name == PLOT or any(fnmatch.fnmatch(name, pattern) for pattern in WEIGHTS))
+    ]
+    return Outlook(remote, (*changes, *stale), drawn)
+
+
+def change_of(there: HubFile | None, sha256: str, content: bytes | None, file: Path) -> str:
+    """How ``content``, or ``file`` where that is None, differs from what is ``there``: see ``FileChange``."""
+    if there is None:
+        return "new"
+    if there.sha256 is not None:
+        return "unchanged" if there.sha256 == sha256 else "changed"
+    # Kept in git itself, so it is small enough to be read whole.
+    return "unchanged" if there.git_hash == git_hash(file.read_bytes() if content is None else content) else "changed"
+
+
+def _draw(checked: Checked, target: Target, existing: str | None) -> dict[str, bytes]:
+    """The files that are written for publishing: the plot where something was measured, the card, ``mlxq.json``."""
+    drawn = {} if checked.plot is None else {PLOT: checked.plot}
+    ours = card.make_card(checked.report, target.repo, checked.folder, PLOT if PLOT in drawn else None)
+    drawn[card.FILE_NAME] = card.render(ours, existing, old_name=checked.folder.name).encode()
+    files = {name: facts for name, facts in checked.report["files"].items() if name != PLOT}
+    files |= {name: card.file_facts(content) for name, content in drawn.items()}
+    drawn[FILE_NAME] = report_bytes(_without_paths({**checked.report, "files": files}))
+    return drawn
+
+
+def _without_paths(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The report as the world may read it: of a folder on this machine only its name."""
+    shown = dict(report)
+    for key, named in (("source", "name"), ("comparison", "reference")):
+        part = shown.get(key)
+        if isinstance(part, dict) and Path(str(part.get(named, ""))).is_absolute():
+            shown[key] = {**part, named: Path(part[named]).name}
+    return shown
+
+
+def _card_to_keep(api: HfApi, checked: Checked, target: Target, remote: Remote, *, force: bool) -> str | None:
+    """The card that holds a person's words: the one here, or the one on the Hub.
+
+    A card that has the hash which the ``mlxq.json`` beside it records was not edited since. Raises BadInputError
+    where both were, each in its own way.
+    """
+    file = checked.folder / card.FILE_NAME
+    here = card.as_text(file.read_bytes()) if file.is_file() else None
+    there = remote_text(api, target, remote, card.FILE_NAME)
+    if there is None or here is None:
+        return there if here is None else here
+    if card.own_words(here) == card.own_words(there):
+        return here
+    report = json.loads(remote_text(api, target, remote, FILE_NAME) or "{}")
+    if _as_recorded(there, report):
+        return here
+    if _as_recorded(here, checked.report):
+        return there
+    if force:
+        return here
+    raise BadInputError(
+        f"the card was edited in two places: {file}, and the one on the Hub",
+        "Bring your words together in the file here and publish it with --force.",
+    )
+
+
+def _as_recorded(text: str, report: Mapping[str, Any]) -> bool:
+    recorded = report.get("files", {}).get(card.FILE_NAME, {}).get("sha256")
+    return bool(recorded == hashlib.sha256(text.encode()).hexdigest())
+
+
+def refuse(remote: Remote, target: Target, *, force: bool) -> None:
+    """Raise BadInputError where publishing would touch what it should not."""
+    if not remote.exists and target.create_pr:
+        raise BadInputError(
+            f"there is no {target.repo} that you can see to open a pull request on",
+            "Leave --create-pr out to create it.",
+        )
+    if remote.exists and target.private and not remote.private:
+        raise BadInputError(
+            f"{target.repo} exists and is public, and --private was asked for",
+            "Make it private in its settings on the Hub, or leave --private out.",
+        )
+    foreign = [name for name in remote.files if fnmatch.fnmatch(name, WEIGHTS[0])]
+    if foreign and FILE_NAME not in remote.files and not force:
+        raise BadInputError(
+            f"{target.repo} holds weights that mlxq did not write, such as {foreign[0]}",
+            "Name another repository, or replace them with --force.",
+        )
