@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mlxq.machine.runtime import load_blas
+from mlxq.machine.blas import load_blas
 from tests.hub_server import TOKEN, Hub
 
 # As the commands do it, before any test imports mlx: the BLAS of MLX's Linux wheel is fifty times slower.

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxq.machine.cache import cache_folder
 from mlxq.methods.formats import Format
 
 if TYPE_CHECKING:
@@ -19,13 +19,6 @@ if TYPE_CHECKING:
 
 # Part of every key: raised when scores would come out differently.
 SCORES_VERSION = 3
-
-
-def cache_folder() -> Path:
-    """``$MLXQ_CACHE``, else ``mlxq`` in the user's cache folder (``$XDG_CACHE_HOME``, ``~/.cache``)."""
-    if own := os.environ.get("MLXQ_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxq"
 
 
 def scores_key(plan: Plan, text_sha256: str, tokens: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 
 from mlxq.errors import BadInputError
-from mlxq.machine.runtime import load_blas
+from mlxq.machine.blas import load_blas
 
 
 def start_mlx() -> None:

@@ -202,7 +202,7 @@ def _answer(model: Any, tokenizer: Any, prompt: str | list[Mapping[str, str]], m
 
 
 def _child() -> None:
-    from mlxq.machine.runtime import load_blas
+    from mlxq.machine.blas import load_blas
 
     load_blas()
     request = json.load(sys.stdin)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from mlxq.machine.blas import BlasInfo
     from mlxq.machine.runtime import Environment
     from mlxq.recipe.load import Recipe
 
@@ -60,7 +61,7 @@ def recipes_table(recipes: Sequence[Recipe]) -> Table:
 
 def environment_table(found: Environment) -> Table:
     """What this machine is."""
-    from mlxq.machine.runtime import BlasInfo
+    from mlxq.machine.blas import BlasInfo
 
     table = facts_table()
     for field in fields(found):
@@ -72,9 +73,22 @@ def environment_table(found: Environment) -> Table:
         elif field.name.endswith("_bytes"):
             table.add_row(name, size_text(value) if value is not None else "unknown")
         elif isinstance(value, BlasInfo):
-            table.add_row(name, f"{value.name}: {escape(value.note)}")
+            for row in _blas_rows(value):
+                table.add_row(*map(escape, row))
         elif isinstance(value, bool):
             table.add_row(name, "yes" if value else "no")
         else:
             table.add_row(name, escape(str(value)))
     return table
+
+
+def _blas_rows(blas: BlasInfo) -> Iterator[tuple[str, str]]:
+    yield "blas", f"{blas.name}: {blas.note}"
+    if blas.path:
+        yield "blas library", blas.path
+    if blas.kernel:
+        yield "blas kernel", blas.kernel
+    if blas.gflops is not None:
+        yield "blas product", f"{blas.gflops:,.{0 if blas.gflops >= 10 else 1}f} GFLOP/s (fp32)"
+    for passed in blas.passed_over:
+        yield "blas passed over", f"{passed.library}: {passed.why}"

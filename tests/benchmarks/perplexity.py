@@ -31,7 +31,7 @@ print("RESULT", json.dumps([float(ppl), time.perf_counter() - began]))
 OURS = """
 import json, sys, time
 from pathlib import Path
-from mlxq.machine.runtime import load_blas
+from mlxq.machine.blas import load_blas
 load_blas()
 import numpy as np, mlx.core as mx
 from mlxq.comparison.measure import folder_candidate

@@ -25,7 +25,7 @@ CONVERT = [sys.executable, "-m", "mlx_lm", "convert"]
 DYNAMIC = [
     sys.executable,
     "-c",
-    "from mlxq.machine.runtime import load_blas; load_blas(); from mlx_lm.quant.dynamic_quant import main; main()",
+    "from mlxq.machine.blas import load_blas; load_blas(); from mlx_lm.quant.dynamic_quant import main; main()",
 ]
 MLXQ = [sys.executable, "-m", "mlxq"]
 # name -> command after the model and output.

@@ -26,7 +26,7 @@ def main() -> None:
     parser.add_argument("--assignments", type=int, default=24)
     arguments = parser.parse_args()
 
-    from mlxq.machine.runtime import load_blas
+    from mlxq.machine.blas import load_blas
 
     load_blas()
     import numpy as np
