@@ -1,7 +1,7 @@
 """Every command and every recipe in README and docs/, run on small stand-ins for the models that they name.
 
 A block is run as it is written, in a folder of its own with a Hub on loopback. What it takes for given (``MODEL``,
-``./my-model``, ``org/llama-70b``) is made first, by ``FOLDERS``, ``FILES`` and ``MODELS`` below. A comment above a block
+``./my-model``, ``org/llama-70b``) is made first, by ``FOLDERS``, ``FILES`` and ``MODELS`` below. A comment above it
 says where it is run instead, ``<!-- run by .ci/run -->``, or why it is not, ``<!-- not run: REASON -->``.
 """
 
@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -40,17 +38,25 @@ RECIPES = [block for block in YAML if "jobs" not in yaml.safe_load(block.text)]
 # -- what the documents take for given
 
 
-def small(folder: Path) -> Path:
-    return checkpoints.llama(folder, hidden_size=64, intermediate_size=128)
-
-
-def tied(folder: Path) -> Path:
-    """As Llama-3.2-3B and SmolLM2 are: no head of its own, and layers enough to be told apart."""
-    checkpoints.llama(folder, hidden_size=64, intermediate_size=64, num_hidden_layers=9, tie_word_embeddings=True)
+def stand_in(folder: Path, **changes: Any) -> Path:
+    """A Llama whose tokenizer makes a token of a word, so that the shipped texts are short."""
+    checkpoints.llama(folder, hidden_size=64, intermediate_size=64, **changes)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "WhitespaceSplit"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "chat_template.jinja").write_text(settings.pop("chat_template"))
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
+
+
+def small(folder: Path) -> Path:
+    return stand_in(folder, num_hidden_layers=1)
+
+
+def tied(folder: Path) -> Path:
+    """As Llama-3.2-3B and SmolLM2 are: no head of its own, and layers enough to be told apart."""
+    return stand_in(folder, num_hidden_layers=9, tie_word_embeddings=True)
 
 
 def quantized(folder: Path, original: str = "", recipe: str = "4bit") -> Path:
@@ -87,13 +93,12 @@ FILES: dict[str, str] = {
 MODELS: dict[str, Callable[[Path], Path]] = {
     SMOLLM2: tied,
     "meta-llama/Llama-3.2-3B-Instruct": tied,
-    "org/llama-70b": lambda folder: checkpoints.llama(folder, shards=30, num_hidden_layers=4),
+    "org/llama-70b": lambda folder: stand_in(folder, num_hidden_layers=9, shards=30),
     "org/gated": small,
     "org/small": small,
 }
 COLLECTIONS = ("org/small-models-0123456789ab", "org/my-models-0123456789ab")
 FAULTS: dict[str, Callable[[Hub], Any]] = {
-    "Did you mean": lambda hub: hub.add_model("org/llama-70b", {"config.json": b"{}"}),
     "is gated": lambda hub: (hub.repos["org/gated"].__setattr__("gated", "manual"), hub.approved.clear()),
     "trying again in 2": lambda hub: hub.fail("GET", "/org/small/revision", status=429, headers={"Retry-After": "0"}),
     "trying again in 3": lambda hub: hub.fail("POST", "/commit/", status=429, headers={"Retry-After": "0"}),
@@ -140,7 +145,7 @@ def give(
     def give_(text: str) -> None:
         for collection in COLLECTIONS:
             hub.collections[collection] = []
-        names = {name.removeprefix("./").partition("@")[0] for name in re.split(r"[\s=,\[\]{}:'\"]+", text)}
+        names = {name.removeprefix("./").partition("@")[0] for name in re.split(r"[\s?=,\[\]{}:'\"]+", text)}
         if "recipes/quickstart.yaml" in text:
             names.add("sample")
         results = {name.removeprefix("./") for name in re.findall(r"-o (\S+)", text)}
@@ -154,8 +159,7 @@ def give(
         for name in (names & FOLDERS.keys()) - results:
             shutil.copytree(made(name, FOLDERS[name]), name)
         if "model.gguf" in names:
-            blocks_of = {name: gguf.GGMLQuantizationType.Q4_0 for name in ("model.embed_tokens.weight",)}
-            write_gguf(Path("model.gguf"), types=blocks_of)
+            write_gguf(Path("model.gguf"), types={"model.embed_tokens.weight": gguf.GGMLQuantizationType.Q4_0})
         for words, fault in FAULTS.items():
             if words in text:
                 fault(hub)
