@@ -34,6 +34,10 @@ class RecipeError(BadInputError):
         self.faults = faults
 
 
+class ChildError(MlxqError):
+    """What was tried in a process of its own raised, crashed, or passed a limit; the run itself is unharmed."""
+
+
 class GateError(MlxqError):
     """A quality gate failed: exit code 3."""
 

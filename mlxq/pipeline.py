@@ -5,52 +5,58 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlxq.architecture.bind import bind, open_lazily
+from mlxq.architecture.bind import bind
+from mlxq.architecture.opening import open_lazily
 from mlxq.budget.spend import Scoring, Spending, spend
 from mlxq.calibration.streamed import not_sequential
 from mlxq.errors import BadInputError, MlxqError, RecipeError
+from mlxq.headers import read_file_header
 from mlxq.machine.runtime import peak_rss_bytes
 from mlxq.methods.formats import Format
+from mlxq.methods.registry import uses_text
 from mlxq.metrics.size import measure_size
-from mlxq.planning.plan import BY_BUDGET, Plan, make_plan
+from mlxq.planning.make import make_plan
+from mlxq.planning.plan import Plan, Spent, Stored
 from mlxq.publish.card import source_metadata, write_card
-from mlxq.recipe.load import Calibration, Recipe, load_recipe, recipe_from_dict
+from mlxq.recipe.load import Recipe, load_recipe, recipe_from_dict
 from mlxq.retry import Waiting
 from mlxq.sources.download import Downloading, fetch, fetch_companions
 from mlxq.sources.resolve import resolve
-from mlxq.sources.safetensors import read_file_header
 from mlxq.writing.disk_space import check_room
 from mlxq.writing.execute import Progress, execute
 from mlxq.writing.folder import PartialFolder
 from mlxq.writing.low_disk import execute_by_shards
-from mlxq.writing.report import build_report, source_facts, write_report
+from mlxq.writing.report import build_report, hash_files, source_facts, write_report
+
+if TYPE_CHECKING:
+    from mlxq.sources.resolve import Event
 
 
 @dataclass(frozen=True)
 class Options:
     """How the weights of the source are read.
 
-    ``requantize`` reads already quantized modules as numbers; ``dequantize`` writes them so; ``keep_quantization``
-    carries GGUF blocks over exactly; ``trust_remote_code`` lets ``mlx_lm`` run a model file of the repository.
+    ``stored`` says what becomes of modules that it holds quantized; ``trust_remote_code`` lets ``mlx_lm`` run a model
+    file of the repository.
     """
 
-    requantize: bool = False
-    dequantize: bool = False
-    keep_quantization: bool = False
+    stored: Stored = Stored.AS_IS
     trust_remote_code: bool = False
+
+    @classmethod
+    def from_dict(cls, recorded: Mapping[str, bool]) -> Options:
+        """Those that an ``mlxq.json`` records."""
+        stored = next((each for each in Stored if recorded.get(each.value)), Stored.AS_IS)
+        return cls(stored, recorded["trust_remote_code"])
 
     def as_dict(self) -> dict[str, bool]:
         """As ``mlxq.json`` records them."""
-        return {
-            "requantize": self.requantize,
-            "dequantize": self.dequantize,
-            "keep_quantization": self.keep_quantization,
-            "trust_remote_code": self.trust_remote_code,
-        }
+        asked = {each.value: each is self.stored for each in Stored if each is not Stored.AS_IS}
+        return {**asked, "trust_remote_code": self.trust_remote_code}
 
 
 @dataclass(frozen=True)
@@ -83,31 +89,19 @@ def prepare(
     model: str,
     options: Options,
     *,
-    allocated: Mapping[str, Format | None] | None = None,
-    on_wait: Callable[[Waiting], None] = lambda _: None,
+    spent: Spent | None = None,
+    on_event: Callable[[Event], None] = lambda _: None,
 ) -> Plan:
-    """Everything up to the plan, from headers only; ``allocated`` are formats that a budget came to earlier.
+    """Everything up to the plan, from headers only; ``spent`` is what the recipe's budget came to earlier.
 
-    ``on_wait`` is told when the Hub lets one wait.
+    ``on_event`` is told what is waited for and what is fetched.
     """
-    source = resolve(model, trusted=options.trust_remote_code, on_wait=on_wait)
-    architecture = bind(source, trust_remote_code=options.trust_remote_code)
-    remarks: tuple[str, ...] = ()
-    if recipe.method != "rtn" and recipe.calibration.has_text:
+    source = resolve(model, trusted=options.trust_remote_code, on_event=on_event)
+    architecture = bind(source)
+    reason = None
+    if recipe.calibration.has_text and (recipe.budget is not None or uses_text(recipe.method)):
         reason = not_sequential(source, architecture, trust_remote_code=options.trust_remote_code)
-        if reason is not None:
-            recipe = replace(recipe, calibration=Calibration(("none",)))
-            remarks = (f"calibration cannot follow this model ({reason}), so weights alone decide",)
-    return make_plan(
-        source,
-        recipe,
-        architecture,
-        requantize=options.requantize,
-        dequantize=options.dequantize,
-        keep_quantization=options.keep_quantization,
-        allocated=allocated,
-        remarks=remarks,
-    )
+    return make_plan(source, recipe, architecture, options.stored, spent=spent, uncalibrated=reason)
 
 
 def allocated_plan(draft: Plan, options: Options, *, measure_curve: bool = False) -> Iterator[Scoring | Allocated]:
@@ -125,11 +119,11 @@ def allocated_plan(draft: Plan, options: Options, *, measure_curve: bool = False
             draft.source,
             draft.recipe,
             draft.architecture,
-            requantize=options.requantize,
-            allocated=event.allocation.formats,
-            remarks=draft.remarks,
+            options.stored,
+            spent=Spent(event.allocation.formats, event.facts()),
+            uncalibrated=draft.uncalibrated,
         )
-        yield Allocated(replace(plan, spending=event.facts()), event)
+        yield Allocated(plan, event)
 
 
 def _presets(draft: Plan) -> dict[str, dict[str, Format | None]]:
@@ -157,7 +151,7 @@ def with_weights(
     """
     check_room(plan, out, low_disk=low_disk, trust_remote_code=options.trust_remote_code)
     source = yield from (fetch_companions if low_disk else fetch)(plan.source)
-    return replace(plan, source=source)
+    return plan.with_source(source)
 
 
 def run(
@@ -185,7 +179,8 @@ def run(
         verified = time.perf_counter()
         timings = {"execute": executed - began, "verify": verified - executed}
         size = measure_size(partial.folder)
-        report = build_report(plan, size, options.as_dict(), timings, peak, partial.folder)
+        files = hash_files(partial.folder, partial.shard_sha256())
+        report = build_report(plan, size, options.as_dict(), timings, peak, files)
         report["card"] = source_metadata(plan.source)
         write_card(report, partial.folder, out.name)
         write_report(report, partial.folder)
@@ -235,24 +230,23 @@ def verify(plan: Plan, folder: Path, *, trust_remote_code: bool = False) -> None
 
 
 def prepare_locked(
-    report: dict[str, Any], model: str | None, *, on_wait: Callable[[Waiting], None] = lambda _: None
+    report: dict[str, Any], model: str | None, *, on_event: Callable[[Event], None] = lambda _: None
 ) -> tuple[Plan, Options]:
     """The plan that an ``mlxq.json`` records, on the same source.
 
     Raises BadInputError where the source is no longer the one recorded.
     """
     recorded = report["source"]
-    options = Options(**report["options"])
+    options = Options.from_dict(report["options"])
     name = model or recorded["name"]
     if model is None and recorded["revision"]:
         name = f"{recorded['name'].partition('@')[0]}@{recorded['revision']}"
-    allocated = {
-        module["path"]: Format(**module["format"]) if module["format"] else None
-        for module in report["modules"]
-        if module["decided_by"] == BY_BUDGET
-    }
     recipe = recipe_from_dict(report["recipe"]["resolved"], report["recipe"]["name"])
-    plan = replace(prepare(recipe, name, options, allocated=allocated, on_wait=on_wait), spending=report.get("budget"))
+    spent = None
+    if recipe.budget is not None:
+        formats = {m["path"]: Format.from_config(m["format"]) if m["format"] else None for m in report["modules"]}
+        spent = Spent(formats, report["budget"])
+    plan = prepare(recipe, name, options, spent=spent, on_event=on_event)
     now = source_facts(plan.source)
     if now["headers_sha256"] != recorded["headers_sha256"]:
         raise BadInputError(

@@ -17,6 +17,7 @@ from mlxq.errors import MlxqError
 TRIES = 5
 LONGEST_WAIT_S = 900.0
 _T = TypeVar("_T")
+_Event = TypeVar("_Event")
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,14 @@ def said_by(exc: BaseException) -> str:
     return " ".join(str(next((said for said in words if said), exc)).split())[:300]
 
 
-def told(events: Generator[Waiting, None, _T], on_wait: Callable[[Waiting], None]) -> _T:
-    """Run ``events`` to its end, passing each wait on; returns what it returns."""
-    while True:
-        try:
-            on_wait(next(events))
-        except StopIteration as stop:
-            found: _T = stop.value
-            return found
+def told(events: Generator[_Event, None, _T], on_event: Callable[[_Event], None]) -> _T:
+    """Run ``events`` to its end, passing each on; returns what it returns."""
+    try:
+        while True:
+            on_event(next(events))
+    except StopIteration as stop:
+        found: _T = stop.value
+        return found
+    finally:
+        # Where passing one on fails, what is under way ends now rather than with the generator.
+        events.close()

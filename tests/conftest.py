@@ -17,6 +17,9 @@ import pytest
 from mlxq.machine.blas import load_blas
 from tests.hub_server import TOKEN, Hub
 
+# Several test processes share the cores, and a thread of OpenBLAS that waits for another does not give up its own.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # As the commands do it, before any test imports mlx: the BLAS of MLX's Linux wheel is fifty times slower.
 load_blas()
 

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlxq.metrics.size import measure_size
 from mlxq.pipeline import Finished, Options, prepare, run
+from mlxq.planning.plan import Stored
 from mlxq.recipe.load import load_recipe, recipe_from_dict
 from tests.checkpoints import LLAMA, VOCABULARY, build, save
 
@@ -205,7 +206,7 @@ def test_convert_keeps_every_value(name: str, tmp_path: Path) -> None:
 def test_dequantize_gives_the_values_the_kernels_use(name: str, mode: str, tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", name)
     quantize(model, tmp_path / "packed", recipe_from_dict({"default": {"mode": mode}}, "test"))
-    quantize(tmp_path / "packed", tmp_path / "plain", recipe_from_dict({}, "mlx"), Options(dequantize=True))
+    quantize(tmp_path / "packed", tmp_path / "plain", recipe_from_dict({}, "mlx"), Options(Stored.DEQUANTIZE))
     packed, plain = tensors(tmp_path / "packed"), tensors(tmp_path / "plain")
     recorded = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization"]
     assert "quantization" not in json.loads((tmp_path / "plain" / "config.json").read_text())

@@ -18,21 +18,21 @@ from typer.testing import CliRunner
 from mlxq.budget.spend import ROUTER_BITS, Scoring, Spending, options_of
 from mlxq.calibration.measured import measured_divergences
 from mlxq.calibration.sensitivity import divergence, scores
-from mlxq.calibration.streamed import not_sequential, streamed_model
+from mlxq.calibration.streamed import streamed_model
 from mlxq.calibration.tokens import calibration_text
 from mlxq.cli import app
 from mlxq.errors import BadInputError
-from mlxq.methods.encode import encode
-from mlxq.methods.encoded import decode
 from mlxq.methods.formats import Format
+from mlxq.methods.rtn import round_to_nearest
 from mlxq.pipeline import Allocated, Finished, Options, allocated_plan, differing_files, prepare, prepare_locked, run
-from mlxq.planning.plan import Plan
+from mlxq.planning.plan import By, Plan
 from mlxq.recipe.load import budget_recipe, recipe_from_dict
 from mlxq.writing.execute import Progress
 from mlxq.writing.report import read_report
 from tests.checkpoints import build, llama, save
 from tests.test_bit_identity import CONFIGS
 from tests.test_foreign import DEEPSEEK
+from tests.test_plan import HUNYUAN
 
 OPTIONS = Options()
 # Enough text to calibrate a model of this size, and little enough to be quick.
@@ -171,16 +171,28 @@ def test_without_text_weights_decide(deep: Path, tmp_path: Path) -> None:
     written(plan, tmp_path / "out")
 
 
-def test_a_model_that_is_no_sequence_of_blocks_falls_back_and_says_so(tmp_path: Path) -> None:
-    """Gemma 3n's blocks take per-layer inputs and hand on four streams at once."""
-    config = {
-        "model_type": "gpt2", "n_embd": 64, "n_head": 2, "n_layer": 2, "n_positions": 64, "n_ctx": 64,
-        "layer_norm_epsilon": 1e-5, "vocab_size": 96, "torch_dtype": "float32",
-    }  # fmt: skip
+def test_a_budget_is_rebuilt_where_the_model_asks_for_bits(tmp_path: Path) -> None:
+    """What was allocated to a router is the 8 bits that the model asks for, so a report names the model there."""
+    config = CONFIGS["qwen3_moe"]
     model = save(tmp_path / "model", config, build(config)[1])
-    plan = prepare(recipe_of(default={"bits": 4, "group_size": 32}, method="gptq"), str(model), OPTIONS)
-    reason = not_sequential(plan.source, plan.architecture)
-    assert (reason is None) == (plan.remarks == ())
+    plan, _, _ = spent(model, 6.5, "options=[3, 8]")
+    assert any(d.by is By.MODEL and d.path.endswith("mlp.gate") for d in plan.decisions)
+    recorded = written(plan, tmp_path / "out").report
+    locked, _ = prepare_locked(recorded, None)
+    assert {d.path: d.format for d in locked.decisions} == {d.path: d.format for d in plan.decisions}
+    assert locked.spending == plan.spending == recorded["budget"]
+    assert locked.recipe == plan.recipe
+
+
+def test_a_model_that_calibration_cannot_follow_is_scored_by_its_weights(tmp_path: Path) -> None:
+    model = save(tmp_path / "model", HUNYUAN, build(HUNYUAN)[1])
+    plan, spending, stages = spent(model, 5.0)
+    assert (spending.text, stages) == (None, [])
+    assert plan.uncalibrated is not None
+    assert {d.method for d in plan.decisions if d.format} == {"fit"}
+    finished = written(plan, tmp_path / "out")
+    assert finished.report["uncalibrated"] == plan.uncalibrated
+    assert finished.report["recipe"]["resolved"]["calibration"]["text"] == ["builtin"]
 
 
 def logits_of(folder: Path, tokens: mx.array) -> mx.array:
@@ -235,7 +247,7 @@ def test_scores_predict_what_is_measured(deep: Path) -> None:
     options = {path: (Format(3, 64), Format(4, 64), Format(5, 64), Format(6, 64)) for path in options_of(draft)}
 
     def encoded(path: str, weight: mx.array, fmt: Format, *_: Any) -> mx.array:
-        return decode(encode(weight, fmt, "rtn"), fmt)
+        return fmt.decode(round_to_nearest(weight, fmt).arrays())
 
     with streamed_model(draft.source, draft.architecture) as streamed:
         text = calibration_text(draft.recipe.calibration, streamed)

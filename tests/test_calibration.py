@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_map_with_path
+from mlx_lm.models import switch_layers
 
 from mlxq.calibration.blocks import BlockSequence, NotSequentialError, find_blocks, intercepted, outside_of, quantizable
+from mlxq.calibration.guided import guided_weights
 from mlxq.calibration.sensitivity import divergence, scores
-from mlxq.calibration.statistics import InputStatistics, input_statistics
-from mlxq.methods.affine_fit import fit
-from mlxq.methods.encoded import decode
+from mlxq.calibration.statistics import InputStatistics, ModuleInput, gather, input_statistics
+from mlxq.calibration.streamed import streamed_model
+from mlxq.calibration.tokens import calibration_text
+from mlxq.methods.affine_fit import affine_fit
 from mlxq.methods.formats import Format
+from mlxq.methods.gptq import GPTQ, Feedback, feedback
+from mlxq.pipeline import Options, prepare
+from mlxq.recipe.load import recipe_from_dict
+from tests.checkpoints import llama
 
 COMMON = {
     "hidden_size": 64,
@@ -69,7 +77,8 @@ def in_batches(tokens: mx.array, size: int) -> list[mx.array]:
 
 
 def fitted(path: str, weight: mx.array, fmt: Format, statistics: InputStatistics | None) -> mx.array:
-    return decode(fit(weight, fmt, None if statistics is None else statistics.second_moment), fmt)
+    moment = None if statistics is None else statistics.second_moment
+    return fmt.decode(affine_fit(weight, fmt, moment).arrays())
 
 
 @pytest.mark.parametrize("model_type", MODELS)
@@ -119,6 +128,39 @@ def test_each_expert_has_its_own_statistics() -> None:
     assert bool((experts.second_moment > 0).all())
 
 
+@pytest.mark.parametrize("hessian", [False, True])
+def test_an_expert_the_text_hardly_reached_borrows_from_the_others(hessian: bool) -> None:
+    """As much of the average expert as 64 tokens would give: half of what is said of one with 64 tokens of its own."""
+    stack = switch_layers.SwitchLinear(8, 4, num_experts=3, bias=False)
+    rows = mx.random.normal((256, 1, 8), key=mx.random.key(5))
+    indices = mx.where(mx.arange(256) < 64, 0, 1)[:, None]
+    x = mx.where(indices[..., None] == 0, 3.0, 1.0) * rows
+    found = gather([ModuleInput(x, indices)], stack, hessian=hessian)
+    assert found is not None
+    squares = (x * x).reshape(256, 8)
+    own, everybody = squares[:64].mean(axis=0), squares.mean(axis=0)
+    assert mx.allclose(found.second_moment[2], everybody, rtol=1e-4)
+    assert mx.allclose(found.second_moment[0], (own + everybody) / 2, rtol=1e-4)
+    assert mx.allclose(found.second_moment[1], (192 * squares[64:].mean(axis=0) + 64 * everybody) / 256, rtol=1e-4)
+    assert found.tokens == 256
+
+
+def test_the_embedding_that_is_the_head_is_damped_as_one(tmp_path: Path) -> None:
+    model = llama(tmp_path / "model", tie_word_embeddings=True)
+    recipe = recipe_from_dict({"default": {"bits": 4}, "method": "gptq", "calibration": {"tokens": 1024}}, "test")
+    plan = prepare(recipe, str(model), Options())
+    assert plan.architecture.tied_head == "model.embed_tokens"
+    encoders = {"model.embed_tokens.weight": (GPTQ, Format(4, 64))}
+    ((_, _, guide),) = guided_weights(plan, encoders)
+    with streamed_model(plan.source, plan.architecture) as streamed:
+        batches = calibration_text(plan.calibration, streamed).batches
+        statistics = dict(input_statistics(streamed.sequence, batches, streamed.hold))["model.embed_tokens"]
+    assert isinstance(guide, Feedback)
+    expected = {damping: feedback(statistics.hessian, 64, damping).factor for damping in (0.01, 0.1)}
+    assert mx.allclose(guide.factor, expected[0.1], rtol=1e-4)
+    assert not mx.allclose(guide.factor, expected[0.01], rtol=0.05)
+
+
 def whole_pass_scores(model: nn.Module, tokens: mx.array, path: str, change: mx.array) -> float:
     """Half the mean over tokens of (g . D x)^2 by a gradient through the whole model, with the labels of ``scores``."""
     module = quantizable(model)[path]
@@ -157,7 +199,7 @@ def test_scores_are_those_of_the_whole_pass(model_type: str) -> None:
     paths = ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj", "model.layers.2.mlp.down_proj"]
 
     def plain(path: str, weight: mx.array, fmt: Format, statistics: InputStatistics | None) -> mx.array:
-        return decode(fit(weight, fmt), fmt)
+        return fmt.decode(affine_fit(weight, fmt).arrays())
 
     found = {
         s.path: s.divergence
@@ -165,7 +207,7 @@ def test_scores_are_those_of_the_whole_pass(model_type: str) -> None:
     }
     for path in paths:
         weight = quantizable(model)[path].weight
-        change = decode(fit(weight, fmt), fmt) - weight
+        change = fmt.decode(affine_fit(weight, fmt).arrays()) - weight
         assert found[path] == pytest.approx(whole_pass_scores(model, tokens, path, change), rel=1e-2)
 
 
@@ -188,7 +230,7 @@ def test_an_expert_stack_scores_the_same_however_many_tokens_pass_together() -> 
     paths = [f"model.layers.1.mlp.switch_mlp.{name}" for name in ("up_proj", "down_proj")]
 
     def plain(path: str, weight: mx.array, fmt: Format, statistics: InputStatistics | None) -> mx.array:
-        return decode(fit(weight, fmt), fmt)
+        return fmt.decode(affine_fit(weight, fmt).arrays())
 
     few, many = (
         [s.divergence for s in scores(find_blocks(model), in_batches(tokens, size), {p: [fmt] for p in paths}, plain)]
@@ -213,7 +255,7 @@ def test_the_sum_of_scores_predicts_the_divergence() -> None:
     options = {path: [fmt] for path in quantizable(model)}
     predicted = sum(s.divergence for s in scores(find_blocks(model), in_batches(tokens, 8), options, fitted))
     for module in quantizable(model).values():
-        module.weight = decode(fit(module.weight, fmt), fmt)
+        module.weight = fmt.decode(affine_fit(module.weight, fmt).arrays())
     assert predicted == pytest.approx(divergence(reference, model(tokens)).mean().item(), rel=0.4)
 
 
@@ -307,7 +349,7 @@ def test_a_module_called_twice_is_scored_for_both_calls() -> None:
     fmt, tokens = Format(3, 32), in_batches(text(), 3)
 
     def plain(path: str, weight: mx.array, fmt: Format, statistics: InputStatistics | None) -> mx.array:
-        return decode(fit(weight, fmt), fmt)
+        return fmt.decode(affine_fit(weight, fmt).arrays())
 
     shared = list(scores(find_blocks(_Small()), tokens, {"layers.1.first": [fmt]}, plain))
     apart = {"layers.1.first": [fmt], "layers.1.second": [fmt]}

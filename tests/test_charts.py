@@ -15,8 +15,8 @@ from mlxq.comparison.measure import Comparison, ModelResult, verdict
 from mlxq.comparison.report import comparison_facts, comparison_html, comparison_markdown
 from mlxq.metrics.faithfulness import Faithfulness
 from mlxq.metrics.size import Size
-from mlxq.metrics.speed import Answer, Speed, SpeedSettings
 from mlxq.recipe.gates import check_gates, parse_gate
+from mlxq.running.speed import Answer, Speed, SpeedSettings
 
 
 def faithful(kl: float) -> Faithfulness:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from mlxq.cli import app
 from mlxq.errors import BadInputError
-from mlxq.writing.folder import sha256_file
+from mlxq.files import sha256_file
 from tests.checkpoints import llama
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlxq.methods.encoded import Encoded, decode, pack, round_to_nearest
+from mlxq.methods.encoded import Encoded
 from mlxq.methods.formats import Format
+from mlxq.methods.packing import pack
+from mlxq.methods.rtn import round_to_nearest
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
@@ -39,7 +41,7 @@ def test_decode_agrees_with_mlx(fmt: Format) -> None:
         bits=fmt.bits,
         mode=fmt.mode,
     )
-    assert mx.allclose(decode(encoded, fmt), expected.astype(mx.float32), atol=1e-6)
+    assert mx.allclose(fmt.decode(encoded.arrays()), expected.astype(mx.float32), atol=1e-6)
 
 
 def test_arrays_have_no_biases_where_the_mode_has_none() -> None:

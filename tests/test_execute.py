@@ -15,11 +15,11 @@ import mlx_lm
 import pytest
 
 from mlxq.errors import BadInputError, MlxqError
+from mlxq.files import sha256_file
 from mlxq.pipeline import Finished, Options, Resumed, prepare, run
 from mlxq.planning.plan import Plan
 from mlxq.recipe.load import load_recipe
 from mlxq.writing.execute import Progress, blocks_of
-from mlxq.writing.folder import sha256_file
 from tests.checkpoints import LLAMA, build, llama, save
 
 OPTIONS = Options()
@@ -194,11 +194,12 @@ def test_assembling_holds_one_tensor_not_the_model(tmp_path: Path) -> None:
     peak = (
         "import sys\n"
         "from mlxq.pipeline import Options, prepare, run\n"
+        "from mlxq.planning.plan import Stored\n"
         "from mlxq.recipe.load import recipe_from_dict\n"
         "def peak():\n"
         "    text = open('/proc/self/status').read()\n"
         "    return int(text.split('VmHWM:')[1].split()[0]) / 1024\n"
-        "options = Options(dequantize=True)\n"
+        "options = Options(Stored.DEQUANTIZE)\n"
         "plan = prepare(recipe_from_dict({}, 'convert'), sys.argv[1], options)\n"
         "import mlx_lm.utils\n"
         "before = peak()\n"

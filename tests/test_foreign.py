@@ -14,12 +14,13 @@ import pytest
 from mlx.utils import tree_flatten
 from typer.testing import CliRunner
 
-from mlxq.architecture.bind import open_lazily
 from mlxq.architecture.inspection import inspect_model
+from mlxq.architecture.opening import open_lazily
 from mlxq.cli import app
 from mlxq.errors import BadInputError
 from mlxq.metrics.forward import evaluation_model
 from mlxq.pipeline import Options, prepare
+from mlxq.planning.plan import Stored
 from mlxq.recipe.load import load_recipe, recipe_from_dict
 from mlxq.show.plan_tables import plan_notes
 from mlxq.sources.resolve import resolve
@@ -75,14 +76,14 @@ def test_what_stays_in_a_foreign_format_is_said(tmp_path: Path) -> None:
     model, _ = awq(tmp_path / "model")
     plan = prepare(load_recipe("8bit"), str(model), Options())
     assert any("14 modules stay as the source has them quantized (14 in 4:64)" in line for line in plan_notes(plan))
-    opened = prepare(load_recipe("8bit"), str(model), Options(requantize=True))
+    opened = prepare(load_recipe("8bit"), str(model), Options(Stored.REQUANTIZE))
     assert not plan_notes(opened)
     assert {str(d.format) for d in opened.decisions} == {"8:64"}
 
 
 def test_requantizing_starts_from_the_values(tmp_path: Path) -> None:
     model, values = awq(tmp_path / "model")
-    quantize(model, tmp_path / "plain", CAST, Options(dequantize=True))
+    quantize(model, tmp_path / "plain", CAST, Options(Stored.DEQUANTIZE))
     written = tensors(tmp_path / "plain")
     for module, expected in values.items():
         found = np.asarray(written[f"{module}.weight"].astype(mx.float32))
@@ -95,7 +96,7 @@ def test_a_quantized_mlx_model_is_refused_with_a_way_on(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="already quantized for MLX") as caught:
         prepare(load_recipe("4bit"), str(tmp_path / "first"), Options())
     assert "--requantize" in str(caught.value.hint)
-    plan = prepare(load_recipe("4bit"), str(tmp_path / "first"), Options(requantize=True))
+    plan = prepare(load_recipe("4bit"), str(tmp_path / "first"), Options(Stored.REQUANTIZE))
     assert {str(d.format) for d in plan.decisions} == {"4:64"}
 
 
@@ -225,7 +226,7 @@ def test_convert_carries_over_what_mlx_lm_reads(kind: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", sorted(READABLE.keys() - {"bitnet"}))
 def test_dequantizing_gives_the_values_mlx_lm_uses(kind: str, tmp_path: Path) -> None:
     model = READABLE[kind](tmp_path / "model")
-    quantize(model, tmp_path / "plain", CAST, Options(dequantize=True))
+    quantize(model, tmp_path / "plain", CAST, Options(Stored.DEQUANTIZE))
     theirs, _ = mlx_lm.load(str(model))
     written = parameters(tmp_path / "plain")
     opened = 0
@@ -303,7 +304,7 @@ def test_microscaled_floats_are_taken_over_as_they_are(
 
 def test_bitnet_cannot_be_quantized_or_opened(tmp_path: Path) -> None:
     model = bitnet(tmp_path / "model")
-    for recipe, options in ((load_recipe("4bit"), Options()), (CAST, Options(dequantize=True))):
+    for recipe, options in ((load_recipe("4bit"), Options()), (CAST, Options(Stored.DEQUANTIZE))):
         with pytest.raises(BadInputError, match="bitnet") as caught:
             prepare(recipe, str(model), options)
         assert "mlxq convert" in str(caught.value.hint)
@@ -328,7 +329,7 @@ def test_scales_for_whole_tensors_are_opened(tmp_path: Path) -> None:
     config = CONFIGS["qwen3_moe"]
     model, config = mlx_lm.utils.quantize_model(build(config)[0], config, 16, 4, mode="nvfp4", global_scale=True)
     folder = save(tmp_path / "model", config, dict(tree_flatten(model.parameters())))
-    quantize(folder, tmp_path / "plain", CAST, Options(dequantize=True))
+    quantize(folder, tmp_path / "plain", CAST, Options(Stored.DEQUANTIZE))
     plain = parameters(tmp_path / "plain")
     assert sorted(plain) == sorted(build(CONFIGS["qwen3_moe"])[1])
     stack = model.model.layers[0].mlp.switch_mlp.down_proj

@@ -21,11 +21,13 @@ from hypothesis import strategies as st
 
 from mlxq.errors import BadInputError, MlxqError
 from mlxq.methods.formats import Format
-from mlxq.sources.gguf import GGUFSource, open_gguf, recipe_yaml_from_gguf, sample_path
+from mlxq.retry import told
+from mlxq.sources.gguf import GGUFSource, open_gguf, recipe_yaml_from_gguf
 from mlxq.sources.gguf_blocks import REPACKABLE, nearest_format, repack
 from mlxq.sources.gguf_header import _Cursor
 from mlxq.sources.gguf_names import llama3_factors
 from mlxq.sources.gguf_tokenizer import end_token_ids, tokenizer_files
+from mlxq.sources.sample import SAMPLE, open_sample, sample_folder
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCABULARY = 64, 4, 2, 32, 96, 300
 EXPERTS, EXPERT_WIDTH = 4, 32
@@ -745,10 +747,10 @@ def test_base_model_comes_from_the_files_own_address(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sample() -> GGUFSource:
-    try:
-        return open_gguf(sample_path(), "sample")
-    except BadInputError as missing:
-        pytest.skip(missing.message)
+    """The real one, where it is in the cache: nothing is downloaded for a test."""
+    if not SAMPLE.is_in(sample_folder() / SAMPLE.file):
+        pytest.skip("the sample model is not in the cache; mlxq inspect sample puts it there")
+    return told(open_sample(SAMPLE, sample_folder()), lambda _: None)
 
 
 def test_sample_header(sample: GGUFSource) -> None:
@@ -804,10 +806,11 @@ def test_kept_quantization_holds_the_files_own_values(tmp_path: Path) -> None:
     import mlx.core as mx
 
     from mlxq.pipeline import Finished, Options, prepare, run
+    from mlxq.planning.plan import Stored
     from mlxq.recipe.load import recipe_from_dict
 
     file = write_gguf(tmp_path / "m.gguf", "llama", types={"model.layers.0.mlp.down_proj.weight": T.Q4_1})
-    options = Options(keep_quantization=True)
+    options = Options(Stored.CARRY_OVER)
     plan = prepare(recipe_from_dict({}, "mlx"), str(file), options)
     *_, last = run(plan, tmp_path / "out", options)
     assert isinstance(last, Finished)

@@ -17,16 +17,17 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxq.architecture.bind import encode_header
 from mlxq.errors import MlxqError
+from mlxq.files import sha256_file
+from mlxq.headers import encode_header
 from mlxq.pipeline import Finished, Options, prepare, run
+from mlxq.planning.plan import Stored
 from mlxq.recipe.load import load_recipe
 from mlxq.retry import Waiting
 from mlxq.sources.download import Downloading
 from mlxq.sources.resolve import resolve
 from mlxq.tensors import TensorSpec
 from mlxq.writing.disk_space import room_needed
-from mlxq.writing.folder import sha256_file
 from mlxq.writing.low_disk import most_held_bytes, stages
 from tests.checkpoints import LLAMA, build, llama, save
 from tests.hub_server import READ_TOKEN, TOKEN, Hub
@@ -369,7 +370,7 @@ def test_what_is_stored_quantized_is_read_with_its_scales(hub: Hub, tmp_path: Pa
     config = json.loads((quantized / "config.json").read_text())
     folder = save(tmp_path / "shards", config, weights, shards=4)
     hub.add_model("org/quantized", folder)
-    options = Options(requantize=True)
+    options = Options(Stored.REQUANTIZE)
     for name, model in (("here", str(folder)), ("there", "org/quantized")):
         plan = prepare(load_recipe("8bit"), model, options)
         written(run(plan, tmp_path / name, options, low_disk=True))
@@ -513,7 +514,7 @@ def test_a_rate_limit_is_waited_for_and_told(hub: Hub, tmp_path: Path) -> None:
     hub.fail("GET", "/api/models/org/limited", times=2, status=429, headers={"Retry-After": "0"})
     hub.fail("GET", "/resolve/", times=1, status=429, headers={"Retry-After": "0"})
     waits: list[Waiting] = []
-    source = resolve("org/limited", on_wait=waits.append)
+    source = resolve("org/limited", on_event=waits.append)
     assert source.remote is not None
     assert [wait.reason for wait in waits][:2] == ["the Hub limits how often it may be asked"] * 2
 
@@ -542,7 +543,7 @@ def test_trouble_of_the_hub_is_waited_for(hub: Hub, tmp_path: Path) -> None:
     hub.fail("GET", "/blobs/", status=503)
     hub.fail("GET", "/blobs/", drop_after=100)
     waits: list[Waiting] = []
-    resolve("org/troubled", on_wait=waits.append)
+    resolve("org/troubled", on_event=waits.append)
     assert {wait.reason for wait in waits} == {
         "the Hub answered 500",
         "the Hub answered 503",

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from mlxq.architecture.inspection import Inspection, encode_text, inspect_model
+from mlxq.architecture.estimate import Estimate, estimate
+from mlxq.architecture.inspection import Inspection, inspect_model
+from mlxq.architecture.tokenizer import encode_text
 from mlxq.errors import BadInputError
-from mlxq.machine.memory import Estimate, estimate, estimate_bytes
 from mlxq.methods.formats import Format
 from mlxq.recipe.load import recipe_from_dict
 from mlxq.sources.safetensors import open_folder
@@ -312,7 +313,7 @@ def test_inspecting_imports_nothing_heavy(tmp_path: Path) -> None:
     write_folder(tmp_path, LLAMA, llama_tensors())
     code = (
         "import sys\n"
-        "import mlxq.architecture.inspection, mlxq.machine.devices, mlxq.machine.memory\n"
+        "import mlxq.architecture.estimate, mlxq.architecture.inspection, mlxq.machine.devices\n"
         "from pathlib import Path\n"
         "from mlxq.sources.safetensors import open_folder\n"
         f"mlxq.architecture.inspection.inspect_model(open_folder(Path({str(tmp_path)!r}), 'm'), 4096)\n"
@@ -357,12 +358,11 @@ def test_estimates_count_every_byte(tmp_path: Path) -> None:
     guess = estimate_with(found, recipe)
     assert guess.weight_bytes == embedding + head + layers + 2 * 64
     assert guess.read_bytes == guess.weight_bytes - embedding
-    assert estimate_bytes(found, recipe_from_dict(recipe, "test")) == guess.weight_bytes
 
 
 def test_estimates_equal_the_plan(tmp_path: Path) -> None:
     from mlxq.architecture.bind import bind
-    from mlxq.planning.plan import make_plan
+    from mlxq.planning.make import make_plan
 
     tensors = llama_tensors()
     for layer in range(2):
@@ -383,7 +383,7 @@ def test_estimates_equal_the_plan(tmp_path: Path) -> None:
     ):
         recipe = recipe_from_dict(settings, "test")
         plan = make_plan(source, recipe, bind(source))
-        assert estimate_bytes(inspect_model(source, 1), recipe) == plan.weight_bytes
+        assert estimate(inspect_model(source, 1), recipe).weight_bytes == plan.weight_bytes
 
 
 def test_estimates_of_tied_heads_experts_and_odd_widths(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxq.architecture.bind import encode_header
 from mlxq.errors import MlxqError
+from mlxq.headers import encode_header
 from mlxq.pipeline import Finished, Options, Resumed, prepare, run
 from mlxq.planning.plan import Plan
 from mlxq.recipe.load import load_recipe

@@ -10,14 +10,16 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 
-import mlxq.planning.plan
+import mlxq.methods.method
+import mlxq.planning.layout
 from mlxq.errors import RecipeError
 from mlxq.methods.formats import Format
 from mlxq.pipeline import Options, prepare
-from mlxq.planning.plan import Decision, Plan
+from mlxq.planning.plan import By, Decision, Plan, Stored
 from mlxq.recipe.load import load_recipe, recipe_from_dict
-from tests.checkpoints import llama, save
-from tests.test_bit_identity import assert_same_bits, checkpoint, quantize, tensors
+from mlxq.writing.report import plan_facts
+from tests.checkpoints import build, llama, save
+from tests.test_bit_identity import SMALL, assert_same_bits, checkpoint, quantize, tensors
 from tests.test_foreign import DEEPSEEK, deepseek_weights
 
 GATE = "model.layers.0.mlp.gate"
@@ -29,14 +31,14 @@ def plan_of(model: Path, rules: list[dict[str, Any]], **options: Any) -> Plan:
 
 
 def decision(plan: Plan, path: str) -> Decision:
-    return next(d for d in plan.decisions if d.path == path)
+    return plan.by_path[path]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 def test_many_shards_hold_what_one_file_holds(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = checkpoint(tmp_path / "model", name)
     quantize(model, tmp_path / "one", load_recipe("4bit"))
-    monkeypatch.setattr(mlxq.planning.plan, "SHARD_BYTES", 30_000)
+    monkeypatch.setattr(mlxq.planning.layout, "SHARD_BYTES", 30_000)
     plan = prepare(load_recipe("4bit"), str(model), Options())
     quantize(model, tmp_path / "many", load_recipe("4bit"))
     files = sorted((tmp_path / "many").glob("model*.safetensors"))
@@ -79,6 +81,7 @@ def test_what_must_keep_its_dtype_keeps_it(tmp_path: Path) -> None:
         ([{"match": "re:.*gate.*", "bits": 2}], Format(8, 64)),
         ([{"match": "*.gate*", "bits": 3}], Format(8, 64)),
         ([{"match": "*", "mode": "mxfp4"}], Format(8, 64)),
+        ([{"match": "*", "bits": 8, "group_size": 32}], Format(8, 64)),
         ([{"match": "mlp.gate", "bits": 4}], Format(4, 64)),
         ([{"match": "*.mlp.gate", "bits": 4, "group_size": 32}], Format(4, 32)),
         ([{"match": GATE, "bits": 6}], Format(6, 64)),
@@ -93,7 +96,7 @@ def test_only_a_rule_that_names_a_router_goes_below_what_the_model_asks(
     found = decision(plan, GATE)
     assert found.format == expected
     assert found.asked == "8:64"
-    assert (found.by == "the model asks for it") == (expected == Format(8, 64))
+    assert (found.by is By.MODEL) == (expected == Format(8, 64))
 
 
 @pytest.mark.parametrize(
@@ -132,3 +135,87 @@ def test_a_tied_head_named_in_strict_mode_is_no_misfit(tmp_path: Path) -> None:
     assert found.format == Format(6, 64)
     assert found.note
     assert not found.misfit
+
+
+HUNYUAN: dict[str, Any] = {
+    **SMALL, "model_type": "hunyuan", "attention_bias": False, "moe_topk": 1, "num_experts": 1, "num_shared_expert": 1,
+    "use_mixed_mlp_moe": False, "use_qk_norm": True, "use_cla": True, "cla_share_factor": 2,
+    "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("keys", [{"method": "gptq", "default": {"bits": 4}}, {"method": "rtn", "budget": {"bpw": 5}}])
+def test_a_calibration_that_cannot_be_used_is_said_beside_the_recipe(keys: dict[str, Any], tmp_path: Path) -> None:
+    """Blocks of Hunyuan hand on keys and values beside their output, so calibration cannot follow them."""
+    model = save(tmp_path / "model", HUNYUAN, build(HUNYUAN)[1])
+    recipe = recipe_from_dict({**keys, "calibration": {"tokens": 2048}}, "test")
+    plan = prepare(recipe, str(model), Options())
+    assert plan.recipe == recipe
+    assert not plan.calibration.has_text
+    assert plan.uncalibrated is not None
+    assert plan.uncalibrated in plan.notes[0]
+    assert not any(step.guided for step in plan.steps)
+    facts = plan_facts(plan)
+    assert facts["recipe"]["resolved"]["calibration"] == {"text": ["builtin"], "tokens": 2048}
+    assert facts["uncalibrated"] == plan.uncalibrated
+    if recipe.budget is None:
+        assert {d.method for d in plan.decisions} == {"fit"}
+
+
+def test_a_calibration_that_can_be_used_is(tmp_path: Path) -> None:
+    model = llama(tmp_path / "model", tie_word_embeddings=False)
+    plan = plan_of(model, [{"match": "down_proj", "mode": "mxfp4"}], method="gptq")
+    assert (plan.uncalibrated, plan.remarks, plan.calibration) == (None, (), plan.recipe.calibration)
+    found = {d.path.removeprefix("model.layers.0."): (d.method, d.guided) for d in plan.decisions}
+    assert found["self_attn.q_proj"] == found["lm_head"] == ("gptq", True)
+    assert found["mlp.down_proj"] == ("fit", True)
+    # It only looks rows up: there are no inputs that text could tell of.
+    assert found["model.embed_tokens"] == ("fit", False)
+    tied = plan_of(llama(tmp_path / "tied", tie_word_embeddings=True), [], method="gptq").by_path["model.embed_tokens"]
+    assert (tied.method, tied.guided) == ("gptq", True)
+    silent = plan_of(model, [], method="fit", calibration={"text": "none"})
+    assert {(d.method, d.guided) for d in silent.decisions} == {("fit", False)}
+
+
+def test_experts_whose_hessians_would_not_fit_are_fitted_and_the_plan_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = checkpoint(tmp_path / "model", "qwen3_moe")
+    stack = "model.layers.0.mlp.switch_mlp.up_proj"
+    assert plan_of(model, [], method="gptq").by_path[stack].method == "gptq"
+    monkeypatch.setattr(mlxq.methods.method, "HESSIAN_BYTES", 4 * 128**2 * 4)
+    plan = plan_of(model, [], method="gptq")
+    assert (plan.by_path[stack].method, plan.by_path[stack].guided) == ("fit", True)
+    assert plan.by_path["model.layers.0.self_attn.q_proj"].method == "gptq"
+
+
+def test_who_decided_is_a_rule_by_its_place_or_one_of_few(tmp_path: Path) -> None:
+    plan = plan_of(
+        checkpoint(tmp_path / "model", "qwen3_moe"), [{"match": "q_proj", "bits": 8}, {"match": "*", "bits": 3}]
+    )
+    by = {path: plan.by_path[f"model.layers.0.{path}"] for path in ("self_attn.q_proj", "mlp.gate")}
+    assert (by["self_attn.q_proj"].by, by["self_attn.q_proj"].decided_by) == (By.RULE, "test rules[0]")
+    assert (by["mlp.gate"].by, by["mlp.gate"].decided_by) == (By.MODEL, "the model asks for it")
+    assert decision(plan_of(tmp_path / "model", []), "lm_head").decided_by == "default"
+    written = {module["path"]: module["decided_by"] for module in plan_facts(plan)["modules"]}
+    assert written == {d.path: d.decided_by for d in plan.decisions}
+
+
+@pytest.mark.parametrize("stored", Stored)
+def test_options_are_read_back_from_a_report(stored: Stored) -> None:
+    options = Options(stored, trust_remote_code=stored is Stored.AS_IS)
+    assert set(options.as_dict()) == {"requantize", "dequantize", "keep_quantization", "trust_remote_code"}
+    assert Options.from_dict(options.as_dict()) == options
+    assert sum(options.as_dict().values()) == 1
+
+
+@pytest.mark.parametrize("recipe", ["4bit", "moe", "mxfp4"])
+def test_every_decision_counts_the_bytes_it_writes(recipe: str, tmp_path: Path) -> None:
+    plan = prepare(load_recipe(recipe), str(checkpoint(tmp_path / "model", "qwen3_moe")), Options())
+    for each in plan.decisions:
+        outputs = [spec for step in plan.steps if step.path == f"{each.path}.weight" for spec in step.outputs]
+        assert each.nbytes == sum(spec.nbytes for spec in outputs)
+    quantize(tmp_path / "model", tmp_path / "out", load_recipe(recipe))
+    again = prepare(recipe_from_dict({}, "mlx"), str(tmp_path / "out"), Options())
+    assert {d.path: d.nbytes for d in again.decisions} == {d.path: d.nbytes for d in plan.decisions}
+    assert {d.by for d in again.decisions if d.format} == {By.SOURCE}

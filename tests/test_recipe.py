@@ -89,7 +89,7 @@ def test_without_a_default_nothing_is_quantized(here: Path) -> None:
 @given(st.sampled_from([*MODES]))
 def test_bits_and_group_size_default_to_the_modes_own(mode: str) -> None:
     recipe = recipe_from_dict({"default": {"mode": mode}}, "r")
-    assert recipe.default == Format(MODES[mode][0][0], MODES[mode][1][0], mode)
+    assert recipe.default == MODES[mode].default
 
 
 def test_all_faults_come_at_once_with_lines(here: Path) -> None:

@@ -14,7 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mlxq.errors import BadInputError
-from mlxq.sources.safetensors import open_folder, parse_header, read_file_header, read_json
+from mlxq.headers import parse_header, read_file_header, read_json
+from mlxq.sources.safetensors import open_folder
 from mlxq.tensors import DTYPE_BITS
 from tests.checkpoints import llama
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlxq.architecture.bind import Module
+from mlxq.architecture.kv_cache import activation_bytes, kv_cache_bytes
+from mlxq.architecture.roles import routers
 from mlxq.budget.allocate import Allocation, Option, allocate, frontier
 from mlxq.calibration.cache import ScoreCache, scores_key
 from mlxq.calibration.measured import Assignment, measured_divergences
@@ -19,12 +20,12 @@ from mlxq.calibration.text import TextInfo
 from mlxq.calibration.tokens import CalibrationText, calibration_text
 from mlxq.errors import BadInputError
 from mlxq.machine.devices import find_device, this_machine
-from mlxq.machine.memory import kv_cache_bytes, overhead_bytes
-from mlxq.methods.encode import Guide, encode
-from mlxq.methods.encoded import decode
-from mlxq.methods.formats import Format, fallback, layout
+from mlxq.machine.memory import weight_room
+from mlxq.methods.formats import Format
+from mlxq.methods.method import Guide
+from mlxq.methods.registry import scored_by
 from mlxq.metrics.forward import on_row_shares
-from mlxq.planning.plan import BY_BUDGET, Plan
+from mlxq.planning.plan import By, Plan
 from mlxq.recipe.load import Budget
 from mlxq.tensors import FLOAT_DTYPES, TensorSpec
 
@@ -136,7 +137,7 @@ def spend(
     fixed = draft.weight_bytes - sum(_bytes(draft, path, None) for path in formats)
     room = budget_bytes(draft, budget)
     _check_room(draft, formats, fixed, room, budget)
-    if not draft.recipe.calibration.has_text:
+    if not draft.calibration.has_text:
         scored = dict(_weight_scores(draft, formats, trust_remote_code=trust_remote_code))
         options = _options(draft, formats, scored)
         allocation = allocate(options, room - fixed)
@@ -155,7 +156,7 @@ def spend(
         )
         return
     with streamed_model(draft.source, draft.architecture, trust_remote_code=trust_remote_code) as streamed:
-        text = calibration_text(draft.recipe.calibration, streamed)
+        text = calibration_text(draft.calibration, streamed)
         cache = ScoreCache(scores_key(draft, text.info.sha256, sum(batch.size for batch in text.batches)))
         yield from _score(draft, streamed, text, formats, cache)
         options = _options(draft, formats, cache.scores)
@@ -214,15 +215,15 @@ def spend(
 def options_of(draft: Plan) -> dict[str, tuple[Format, ...]]:
     """The formats that each module the budget decides may take: those that fit its width and what the model asks."""
     modules = {module.path: module for module in draft.architecture.modules}
-    routers = _routers(draft.architecture.modules)
+    choosers = routers(draft.architecture.modules)
     found = {}
     for decision in draft.decisions:
         module = modules[decision.path]
-        if decision.by != BY_BUDGET or not decision.quantizable or module.asked is False:
+        if decision.by is not By.BUDGET or not decision.quantizable or module.asked is False:
             continue
         least = module.asked.bits if isinstance(module.asked, Format) else 0
-        least = max(least, ROUTER_BITS if decision.path in routers else 0)
-        fitting = (fallback(decision.shape[-1], fmt) for fmt in draft.recipe.options if fmt.bits >= least)
+        least = max(least, ROUTER_BITS if decision.path in choosers else 0)
+        fitting = (fmt.fitted_to(decision.shape[-1]) for fmt in draft.recipe.options if fmt.bits >= least)
         formats = tuple(dict.fromkeys(fmt for fmt in fitting if fmt is not None))
         if not formats and isinstance(module.asked, Format):
             formats = (module.asked,)
@@ -231,20 +232,11 @@ def options_of(draft: Plan) -> dict[str, tuple[Format, ...]]:
     return found
 
 
-def _routers(modules: Sequence[Module]) -> frozenset[str]:
-    """Layers that choose among experts: one output for each expert of a stack that lies beside or below them."""
-    # A convolution's weight has three axes too, but is none of what can be quantized.
-    experts = [m for m in modules if len(m.shape) == 3 and m.quantizable]
-    stacks = {(m.path.rsplit(".", 2)[0], m.shape[0]) for m in experts}
-    stacks |= {(m.path.rpartition(".")[0], m.shape[0]) for m in experts}
-    return frozenset(m.path for m in modules if len(m.shape) == 2 and (m.path.rpartition(".")[0], m.shape[0]) in stacks)
-
-
 def budget_bytes(draft: Plan, budget: Budget) -> int:
     """Bytes that all tensors together may take."""
     headers = draft.file_bytes - draft.weight_bytes
     # Scales and biases make headers longer than the draft's, which has none of them.
-    headers += sum(len(str(d.path)) * 2 + 256 for d in draft.decisions if d.by == BY_BUDGET)
+    headers += sum(len(str(d.path)) * 2 + 256 for d in draft.decisions if d.by is By.BUDGET)
     if budget.bpw is not None:
         return int(budget.bpw * draft.parameter_count / 8)
     if budget.size_bytes is not None:
@@ -252,8 +244,8 @@ def budget_bytes(draft: Plan, budget: Budget) -> int:
     assert budget.device is not None
     device = this_machine() if budget.device == "this-machine" else find_device(budget.device)
     config = draft.source.config
-    beside = kv_cache_bytes(config, budget.context) + overhead_bytes(config, budget.context)
-    return device.usable_bytes - beside - headers
+    cache, activations = kv_cache_bytes(config, budget.context), activation_bytes(config, budget.context)
+    return weight_room(device, kv_cache_bytes=cache, activation_bytes=activations) - headers
 
 
 def _check_room(draft: Plan, formats: Mapping[str, tuple[Format, ...]], fixed: int, room: int, budget: Budget) -> None:
@@ -269,9 +261,9 @@ def _check_room(draft: Plan, formats: Mapping[str, tuple[Format, ...]], fixed: i
 
 def _bytes(draft: Plan, path: str, fmt: Format | None) -> int:
     """Every byte that a module's weight writes in ``fmt``, None being its dtype."""
-    decision = next(d for d in draft.decisions if d.path == path)
+    decision = draft.by_path[path]
     spec = TensorSpec(f"{path}.weight", decision.dtype, decision.shape)
-    return sum(part.nbytes for part in layout(spec, fmt)) if fmt else spec.nbytes
+    return sum(part.nbytes for part in fmt.layout(spec)) if fmt else spec.nbytes
 
 
 def _options(
@@ -314,11 +306,11 @@ def _batches_of(batches: Sequence[mx.array]) -> int:
 
 
 class _Decoder:
-    """What a weight would be after encoding by ``fit``; keeps the second moments that it was first shown."""
+    """What weights would be after encoding, for scores; keeps the second moments that it was first shown."""
 
     def __init__(self, draft: Plan, cache: ScoreCache) -> None:
         self.dtypes = {decision.path: decision.dtype for decision in draft.decisions}
-        self.method = "rtn" if draft.recipe.method == "rtn" else "fit"
+        self.asked = draft.recipe.method
         self.moments = cache.moments
 
     def scored(self, path: str, weight: mx.array, fmt: Format, statistics: InputStatistics | None) -> mx.array:
@@ -337,8 +329,10 @@ class _Decoder:
         stored = weight.astype(getattr(mx, FLOAT_DTYPES[self.dtypes[path]]))
         mx.eval(stored, [] if importance is None else importance)
 
+        method = scored_by(self.asked, fmt)
+
         def part(rows: mx.array) -> mx.array:
-            return decode(encode(rows, fmt, self.method, Guide(importance)), fmt)
+            return fmt.decode(method.encode(rows, fmt, Guide(importance)).arrays())
 
         return on_row_shares(part, stored)
 
@@ -352,11 +346,11 @@ def _weight_scores(
     names = {f"{path}.weight" for path in formats}
     for name, weight in read_parameters(draft.source, draft.architecture, names, trust_remote_code=trust_remote_code):
         path = name.removesuffix(".weight")
-        dtype = next(d.dtype for d in draft.decisions if d.path == path)
-        stored = weight.astype(getattr(mx, FLOAT_DTYPES[dtype]))
+        stored = weight.astype(getattr(mx, FLOAT_DTYPES[draft.by_path[path].dtype]))
         power = float((weight * weight).sum()) or 1.0
         for fmt in formats[path]:
-            error = decode(encode(stored, fmt, "rtn" if draft.recipe.method == "rtn" else "fit"), fmt) - weight
+            encoded = scored_by(draft.recipe.method, fmt).encode(stored, fmt, Guide())
+            error = fmt.decode(encoded.arrays()) - weight
             yield (path, fmt), float((error * error).sum()) / power
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxq.machine.cache import cache_folder
 from mlxq.methods.formats import Format
+from mlxq.methods.registry import scored_by
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,8 +28,8 @@ def scores_key(plan: Plan, text_sha256: str, tokens: int) -> str:
 
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in plan.source.weight_files]
     dtypes = [(step.path, step.spec.dtype) for step in plan.steps]
-    encoder = "rtn" if plan.recipe.method == "rtn" else "fit"
-    facts = [SCORES_VERSION, weights, dtypes, text_sha256, tokens, encoder, str(mx.default_device())]
+    encoders = sorted({scored_by(plan.recipe.method, fmt).name for fmt in plan.recipe.options})
+    facts = [SCORES_VERSION, weights, dtypes, text_sha256, tokens, "+".join(encoders), str(mx.default_device())]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlxq.architecture.bind import Architecture, open_lazily, openable_folder
+from mlxq.architecture.bind import Architecture
+from mlxq.architecture.opening import open_lazily, openable_folder
 from mlxq.arrays import to_mlx
 from mlxq.calibration.blocks import BlockSequence, NotSequentialError, find_blocks
 from mlxq.errors import BadInputError

@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxq import upstream
 from mlxq.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -101,13 +102,12 @@ def sample_from(
     """
     import mlx.core as mx
     import numpy as np
-    from mlx_lm.models.cache import make_prompt_cache
 
     key = mx.random.key(seed)
     rows = []
     for begin in range(0, sequences, batch):
         count = min(batch, sequences - begin)
-        cache = make_prompt_cache(model)
+        cache = upstream.prompt_cache(model)
         last = mx.full((count, 1), start_token, dtype=mx.int32)
         drawn = [last]
         for _ in range(sequence_tokens):

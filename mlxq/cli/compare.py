@@ -72,12 +72,12 @@ def command(
     if not rest:
         raise BadInputError("nothing to compare with the original", "Name models or recipes after it.")
     start_mlx()
-    from mlxq.cli.writing import bring_here
+    from mlxq.cli.fetching import bring_here
     from mlxq.comparison.candidates import load_candidate, model_candidate, with_distinct_names
     from mlxq.comparison.measure import Settings, read_prompts
     from mlxq.metrics.forward import on_cpu
-    from mlxq.metrics.speed import CPU_SETTINGS, SpeedSettings
     from mlxq.recipe.load import names_recipe
+    from mlxq.running.speed import CPU_SETTINGS, SpeedSettings
 
     lengths = (CPU_SETTINGS if on_cpu() else SpeedSettings()) if speed else None
     settings = Settings(
@@ -117,6 +117,9 @@ def _measure(
             for event in compare(original, candidates, settings):
                 if isinstance(event, Comparison):
                     done = event
+                    newest = event.results[-1]
+                    if newest.not_timed is not None:
+                        console.warn(f"{newest.name}: speed not measured: {newest.not_timed}")
                 else:
                     meter.update(f"{event.stage}: {event.model}", event.done, event.total, event.eta_s)
         except KeyboardInterrupt:
@@ -131,13 +134,13 @@ def check_recipe_gates(gates: Sequence[str], model: str, out: Path) -> None:
 
     The results go into its ``mlxq.json``. Raises GateError with a line per failed gate.
     """
-    from mlxq.cli.writing import bring_here
+    from mlxq.cli.fetching import bring_here
     from mlxq.comparison.candidates import model_candidate
     from mlxq.comparison.measure import Settings
     from mlxq.errors import GateError
     from mlxq.metrics.forward import on_cpu
-    from mlxq.metrics.speed import CPU_SETTINGS, SPEED_METRICS, SpeedSettings
     from mlxq.recipe.gates import check_gates, parse_gate
+    from mlxq.running.speed import CPU_SETTINGS, SPEED_METRICS, SpeedSettings
     from mlxq.show.console import console
 
     parsed = [parse_gate(line) for line in gates]

@@ -41,7 +41,8 @@ def command(
 
     Example: mlxq convert model.gguf -o ./model-mlx --keep-quantization
     """
-    from mlxq.cli.writing import say_waiting, show_plan, write_model
+    from mlxq.cli.fetching import telling
+    from mlxq.cli.writing import show_plan, write_model
     from mlxq.errors import BadInputError
     from mlxq.machine.backend import start_mlx
     from mlxq.recipe.load import recipe_from_dict
@@ -52,13 +53,17 @@ def command(
         raise BadInputError("--dequantize and --keep-quantization exclude each other")
     start_mlx()
     from mlxq.pipeline import Options, default_output, prepare
+    from mlxq.planning.plan import Stored
 
     recipe = recipe_from_dict({"dtype": dtype.value} if dtype else {}, "mlx")
-    options = Options(dequantize=dequantize, keep_quantization=keep_quantization, trust_remote_code=trust_remote_code)
+    asked = {Stored.DEQUANTIZE: dequantize, Stored.CARRY_OVER: keep_quantization}
+    stored = next((each for each, wanted in asked.items() if wanted), Stored.AS_IS)
+    options = Options(stored, trust_remote_code)
     out = output or default_output(recipe, model)
     if not dry_run and out.exists() and not force:
         raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-    plan = prepare(recipe, model, options, on_wait=say_waiting)
+    with telling() as tell:
+        plan = prepare(recipe, model, options, on_event=tell)
     if dry_run:
         show_plan(
             plan,

@@ -38,6 +38,7 @@ def command(
 
     Example: mlxq inspect ./my-model --device mac-m4 --context 8192
     """
+    from mlxq.cli.fetching import telling
     from mlxq.errors import BadInputError
     from mlxq.show.console import console
     from mlxq.sources.resolve import resolve
@@ -51,7 +52,7 @@ def command(
                 "--recipe shows a plan, which --layers, --match, --text and --device do not change",
                 "Leave them out, or leave out --recipe.",
             )
-        from mlxq.cli.writing import say_waiting, show_plan
+        from mlxq.cli.writing import show_plan
         from mlxq.machine.backend import start_mlx
         from mlxq.recipe.load import load_recipe
 
@@ -63,19 +64,23 @@ def command(
             )
         start_mlx()
         from mlxq.pipeline import Options, default_output, prepare
+        from mlxq.planning.plan import Stored
 
-        options = Options(requantize=True, trust_remote_code=trust_remote_code)
-        plan = prepare(loaded, model, options, on_wait=say_waiting)
+        options = Options(Stored.REQUANTIZE, trust_remote_code)
+        with telling() as tell:
+            plan = prepare(loaded, model, options, on_event=tell)
         show_plan(plan, out=default_output(loaded, model), why=why)
         return
-    from mlxq.architecture.inspection import encode_text, inspect_model
-    from mlxq.cli.writing import say_waiting
+    from mlxq.architecture.estimate import estimate
+    from mlxq.architecture.inspection import inspect_model
+    from mlxq.architecture.tokenizer import encode_text
     from mlxq.machine.devices import find_device, this_machine
-    from mlxq.machine.memory import estimate, fit
+    from mlxq.machine.memory import fit
     from mlxq.recipe.load import shipped_recipes
     from mlxq.show import inspection_tables
 
-    source = resolve(model, tokenizer=text is not None, trusted=trust_remote_code, on_wait=say_waiting)
+    with telling() as tell:
+        source = resolve(model, tokenizer=text is not None, trusted=trust_remote_code, on_event=tell)
     machine = find_device(device) if device else this_machine()
     found = inspect_model(source, context)
     encoding = encode_text(source, text) if text is not None else None
@@ -83,8 +88,7 @@ def command(
     fits = []
     for shipped in shipped_recipes():
         guess = estimate(found, shipped)
-        reckoned = fit(guess.weight_bytes, found.config, context, machine, read_bytes=guess.read_bytes)
-        fits.append((shipped.name, reckoned))
+        fits.append((shipped.name, fit(guess.footprint(found.config, context), machine)))
     if console.as_json:
         console.json(inspection_tables.inspection_facts(found, modules, machine, fits, encoding))
         return

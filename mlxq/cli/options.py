@@ -25,5 +25,7 @@ LowDisk = Annotated[
 ]
 Generate = Annotated[
     bool,
-    typer.Option("--generate/--no-generate", help="Answer a short prompt with the result and show its speed."),
+    typer.Option(
+        "--generate/--no-generate", help="Answer a short prompt with the result, within a minute, and show its speed."
+    ),
 ]

@@ -82,7 +82,8 @@ def command(
 
     Example: mlxq quantize ./my-model --bpw 4.25
     """
-    from mlxq.cli.writing import fetched, say_waiting, show_plan, write_model
+    from mlxq.cli.fetching import fetched, telling
+    from mlxq.cli.writing import show_plan, write_model
     from mlxq.errors import BadInputError, MlxqError
     from mlxq.show.console import console
 
@@ -97,7 +98,8 @@ def command(
         from mlxq.writing.report import read_report
 
         recorded = read_report(locked)
-        plan, options = prepare_locked(recorded, model, on_wait=say_waiting)
+        with telling() as tell:
+            plan, options = prepare_locked(recorded, model, on_event=tell)
         out = output or Path(f"{locked.resolve().parent.name}-rebuilt")
     else:
         assert recipe is not None
@@ -113,13 +115,15 @@ def command(
 
         start_mlx()
         from mlxq.pipeline import Options, default_output, prepare
+        from mlxq.planning.plan import Stored
 
         recorded = None
-        options = Options(requantize=requantize, trust_remote_code=trust_remote_code)
+        options = Options(Stored.REQUANTIZE if requantize else Stored.AS_IS, trust_remote_code)
         out = output or (Path(loaded.output) if loaded.output else default_output(loaded, name))
         if not (dry_run or frontier or why is not None or force) and out.exists():
             raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-        plan = prepare(loaded, name, options, on_wait=say_waiting)
+        with telling() as tell:
+            plan = prepare(loaded, name, options, on_event=tell)
         if low_disk:
             from mlxq.writing.low_disk import check_low_disk
 

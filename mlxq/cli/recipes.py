@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -68,13 +67,15 @@ def check(
     try:
         recipe = load_recipe(file, sets or ())
         if model is not None:
+            from mlxq.cli.fetching import telling
             from mlxq.machine.backend import start_mlx
 
             start_mlx()
-            from mlxq.cli.writing import say_waiting
             from mlxq.pipeline import Options, prepare
+            from mlxq.planning.plan import Stored
 
-            plan = prepare(recipe, model, Options(requantize=True), on_wait=say_waiting)
+            with telling() as tell:
+                plan = prepare(recipe, model, Options(Stored.REQUANTIZE), on_event=tell)
             facts["model"] = model
             if recipe.budget is None:
                 facts |= {"file_bytes": plan.file_bytes, "bits_per_weight": plan.bits_per_weight}
@@ -103,11 +104,18 @@ def schema() -> None:
 
 
 @app.command("from-gguf")
-def from_gguf(file: Annotated[Path, typer.Argument(help="A GGUF file.")]) -> None:
+def from_gguf(
+    model: Annotated[str, typer.Argument(help="A .gguf file, here or on the Hub (org/name/FILE.gguf), or 'sample'.")],
+) -> None:
     """Print a recipe with the bit widths that a GGUF file gives each tensor."""
+    from mlxq.cli.fetching import telling
     from mlxq.errors import BadInputError
-    from mlxq.sources.gguf import open_gguf, recipe_yaml_from_gguf
+    from mlxq.show.console import console
+    from mlxq.sources.gguf import GGUFSource, recipe_yaml_from_gguf
+    from mlxq.sources.resolve import resolve
 
-    if not file.is_file():
-        raise BadInputError(f"no such file: {file}", "Name a .gguf file.")
-    sys.stdout.write(recipe_yaml_from_gguf(open_gguf(file, str(file))))
+    with telling() as tell:
+        source = resolve(model, on_event=tell)
+    if not isinstance(source, GGUFSource):
+        raise BadInputError(f"{model} is not GGUF, so it has no bit map to follow", "Name a .gguf file.")
+    console.text(recipe_yaml_from_gguf(source))

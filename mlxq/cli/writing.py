@@ -5,68 +5,17 @@ from __future__ import annotations
 import shlex
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
+from mlxq.cli.fetching import fetched, say_waiting
 from mlxq.cli.interrupts import interrupts
 from mlxq.show.console import console
 from mlxq.show.meters import progress
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from mlxq.pipeline import Finished, Options
     from mlxq.planning.plan import Plan
-    from mlxq.retry import Waiting
-    from mlxq.sources.download import Downloading
-
-_T = TypeVar("_T")
-
-
-def say_waiting(event: Waiting) -> None:
-    """Say on stderr that the Hub lets one wait."""
-    console.warn(f"{event.reason}; trying again in {event.seconds:.0f} s")
-
-
-def fetched(plan: Plan, out: Path, options: Options) -> Plan:
-    """The same plan with its source here, fetched with progress where it is on the Hub."""
-    from mlxq.pipeline import with_weights
-
-    if plan.source.remote is None:
-        return plan
-    return _fetched(with_weights(plan, out, options), plan.source.name)
-
-
-def bring_here(model: str) -> None:
-    """Fetch a model into the cache, with progress, where it is on the Hub."""
-    from mlxq.sources.download import fetch
-    from mlxq.sources.resolve import resolve
-
-    source = resolve(model, on_wait=say_waiting)
-    if source.remote is not None:
-        _fetched(fetch(source), model)
-
-
-def _fetched(events: Generator[Downloading | Waiting, None, _T], name: str) -> _T:
-    """Run a download to its end, with progress; returns what it returns."""
-    from mlxq.retry import Waiting
-
-    try:
-        with progress(f"Fetching {name}") as meter:
-            while True:
-                try:
-                    event = next(events)
-                except StopIteration as stop:
-                    found: _T = stop.value
-                    return found
-                if isinstance(event, Waiting):
-                    say_waiting(event)
-                else:
-                    meter.update(event.done_bytes, event.total_bytes, event.file)
-    except KeyboardInterrupt:
-        console.warn(
-            "stopped; files that are complete stay in the cache, and the same command continues with the others"
-        )
-        raise
+    from mlxq.running.question import Generation
 
 
 def show_plan(
@@ -148,31 +97,41 @@ def write_model(
         raise
     assert finished is not None
     seconds = time.perf_counter() - began
-    _show_result(plan, finished, seconds, generate=generate)
+    answer = _ask(finished, trusted=options.trust_remote_code) if generate else None
+    _show_result(plan, finished, answer, seconds)
     return finished
 
 
-def _show_result(plan: Plan, finished: Finished, seconds: float, *, generate: bool) -> None:
-    from mlxq.machine.runtime import free_memory_bytes
-    from mlxq.metrics.generation import generate_once
-    from mlxq.show import plan_tables
+def _ask(finished: Finished, *, trusted: bool) -> Generation | None:
+    """Ask the new model a question. A courtesy: what goes wrong is said in one line, and the run goes on."""
+    from mlxq.running.question import NotAsked, ask
     from mlxq.writing.report import write_report
 
-    answer = None
-    if generate and finished.report["metrics"]["size_bytes"] * 1.5 > free_memory_bytes():
-        console.note("The model is too large for this machine's free memory, so it was not asked anything.")
-    elif generate:
-        console.note("Asking the new model a question ...")
-        answer = generate_once(finished.out)
-        finished.report["generation"] = {
-            "prompt": answer.prompt,
-            "text": answer.text,
-            "prompt_tps": answer.prompt_tps,
-            "generation_tps": answer.generation_tps,
-            "load_s": answer.load_s,
-            "device": answer.device,
-        }
+    console.note("Asking the new model a question ...")
+    try:
+        answer = ask(finished.out, trusted=trusted)
+    except KeyboardInterrupt:
+        # Who stops the command may well want to stop what comes next, an upload above all.
+        console.warn(f"stopped; {finished.out} is complete, and nothing more was done with it")
+        raise
+    if isinstance(answer, NotAsked):
+        finished.report["not_asked"] = answer.reason
+        if answer.failed:
+            console.warn(f"the new model {answer.reason}")
+        else:
+            console.note(f"The new model {answer.reason}.")
+    else:
+        finished.report["generation"] = vars(answer)
+    try:
         write_report(finished.report, finished.out)
+    except OSError as exc:
+        console.warn(f"mlxq.json does not say what became of the question: {exc.strerror}")
+    return None if isinstance(answer, NotAsked) else answer
+
+
+def _show_result(plan: Plan, finished: Finished, answer: Generation | None, seconds: float) -> None:
+    from mlxq.show import plan_tables
+
     if console.as_json:
         console.json({"output": str(finished.out), **finished.report})
         return

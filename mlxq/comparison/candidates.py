@@ -13,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxq.architecture.bind import open_lazily
+from mlxq.architecture.opening import open_lazily
 from mlxq.comparison.measure import Candidate, folder_candidate, stored_layer_bits
 from mlxq.errors import BadInputError
+from mlxq.methods.rtn import RTN
 from mlxq.metrics.size import Size
 from mlxq.pipeline import Allocated, Options, allocated_plan, prepare, run
 from mlxq.planning.plan import Plan
@@ -91,7 +92,7 @@ def load_candidate(text: str, reference: Candidate, scratch: Path) -> Candidate:
     if not names_recipe(text):
         return model_candidate(text, scratch)
     recipe = load_recipe(text)
-    if recipe.method == "rtn" and recipe.budget is None:
+    if recipe.method == RTN.name and recipe.budget is None:
         return recipe_candidate(recipe, reference)
     if reference.folder is None:
         raise BadInputError("a recipe needs a reference that is stored in a folder")

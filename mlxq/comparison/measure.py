@@ -17,12 +17,13 @@ from mlxq.calibration.text import (
     sample_from,
     tokenize,
 )
-from mlxq.errors import BadInputError
+from mlxq.errors import BadInputError, ChildError
 from mlxq.metrics.faithfulness import Faithfulness, measure_faithfulness
 from mlxq.metrics.forward import Reference, batch_size, build_reference, evaluation_model, on_cpu
 from mlxq.metrics.size import Size, measure_size
-from mlxq.metrics.speed import Speed, SpeedSettings, measure_speed
 from mlxq.recipe.match import layer_index
+from mlxq.running.opened import open_tokenizer, without_paths
+from mlxq.running.speed import Speed, SpeedSettings, measure_speed
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -58,6 +59,7 @@ class ModelResult:
     """All that was measured of one model; None for what was not. ``tied``: inside the noise floor.
 
     ``reference_ppl`` is set for the reference alone: its own perplexity, once a candidate was run beside it.
+    ``not_timed`` says why a speed that was asked for is missing.
     """
 
     name: str
@@ -67,6 +69,7 @@ class ModelResult:
     speed: Speed | None
     tied: bool
     reference_ppl: float | None = None
+    not_timed: str | None = None
     budget: Mapping[str, Any] | None = None
 
     def metrics(self) -> dict[str, float | None]:
@@ -142,17 +145,12 @@ def folder_candidate(name: str, folder: Path) -> Candidate:
 
     Raises BadInputError where the folder is not a causal language model.
     """
-    from mlxq.architecture.bind import open_lazily
-
-    def load_tokenizer() -> Any:
-        from mlx_lm.utils import load_tokenizer as load
-
-        return load(folder)
+    from mlxq.architecture.opening import open_lazily
 
     return Candidate(
         name=name,
         load=lambda: open_lazily(folder, name)[0],
-        load_tokenizer=load_tokenizer,
+        load_tokenizer=lambda: open_tokenizer(folder, f"{name}'s"),
         size=measure_size(folder),
         layer_bits=stored_layer_bits(folder),
         folder=folder,
@@ -162,7 +160,7 @@ def folder_candidate(name: str, folder: Path) -> Candidate:
 
 def _recorded_budget(folder: Path) -> Mapping[str, Any] | None:
     """How a budget was spent on the model, where mlxq wrote it and had one."""
-    from mlxq.sources.safetensors import read_json
+    from mlxq.headers import read_json
 
     file = folder / "mlxq.json"
     found = read_json(file).get("budget") if file.is_file() else None
@@ -171,7 +169,7 @@ def _recorded_budget(folder: Path) -> Mapping[str, Any] | None:
 
 def stored_layer_bits(folder: Path) -> dict[str, float]:
     """Bits per weight of each decoder layer, and of what lies outside them, counted from the files."""
-    from mlxq.sources.safetensors import read_file_header
+    from mlxq.headers import read_file_header
 
     bits: dict[str, float] = {}
     weights: dict[str, float] = {}
@@ -230,7 +228,7 @@ def compare(
     """
     tokenizer = _required_tokenizer(reference)
     _check_tokenizers(reference, tokenizer, candidates)
-    speed = yield from _timed(reference, settings)
+    speed, not_timed = yield from _timed(reference, settings)
     model = evaluation_model(reference.load())
     yield Progress("text", reference.name, 0, 1, None, None)
     text = _text(model, tokenizer, settings)
@@ -249,11 +247,13 @@ def compare(
         reference.name,
         sum(tokens.size for tokens, _ in few),
     )
-    results = [ModelResult(reference.name, reference.size, reference.layer_bits, None, speed, tied=False)]
-    done = Comparison(tuple(results), text.info, floor, _notes(held, batches, settings, speed), not candidates)
+    results = [
+        ModelResult(reference.name, reference.size, reference.layer_bits, None, speed, tied=False, not_timed=not_timed)
+    ]
+    done = Comparison(tuple(results), text.info, floor, _notes(held, batches, settings), not candidates)
     yield done
     for candidate in candidates:
-        speed = yield from _timed(candidate, settings)
+        speed, not_timed = yield from _timed(candidate, settings)
         found = yield from _watched(
             measure_faithfulness(held, evaluation_model(candidate.load()), batches),
             "faithfulness",
@@ -264,20 +264,31 @@ def compare(
         results[0] = replace(results[0], reference_ppl=found.ppl_ref)
         results.append(
             ModelResult(
-                candidate.name, candidate.size, candidate.layer_bits, found, speed, tied=tied, budget=candidate.budget
+                candidate.name,
+                candidate.size,
+                candidate.layer_bits,
+                found,
+                speed,
+                tied=tied,
+                not_timed=not_timed,
+                budget=candidate.budget,
             )
         )
         done = replace(done, results=tuple(results), complete=len(results) == len(candidates) + 1)
         yield done
 
 
-def _timed(candidate: Candidate, settings: Settings) -> Generator[Progress, None, Speed | None]:
+def _timed(candidate: Candidate, settings: Settings) -> Generator[Progress, None, tuple[Speed | None, str | None]]:
+    """The speed of a model, or why it could not be measured; neither where none was asked for."""
     if candidate.folder is None or settings.speed is None:
-        return None
+        return None, None
     yield Progress("speed", candidate.name, 0, 1, None, None)
-    speed = measure_speed(candidate.folder, settings.speed, settings.prompts, answer_tokens=settings.answer_tokens)
+    try:
+        speed = measure_speed(candidate.folder, settings.speed, settings.prompts, answer_tokens=settings.answer_tokens)
+    except ChildError as error:
+        return None, without_paths(error.message, candidate.folder)
     yield Progress("speed", candidate.name, 1, 1, None, 0.0)
-    return speed
+    return speed, None
 
 
 def _watched(steps: Generator[int, None, _T], stage: str, model: str, total: int) -> Generator[Progress, None, _T]:
@@ -351,9 +362,7 @@ def _batches(text: TokenizedText, vocabulary: int) -> list[tuple[mx.array, mx.ar
     return [(ids[:, :-1], ids[:, 1:]) for ids in rows]
 
 
-def _notes(
-    held: Reference, batches: Sequence[tuple[mx.array, mx.array]], settings: Settings, speed: Speed | None
-) -> tuple[str, ...]:
+def _notes(held: Reference, batches: Sequence[tuple[mx.array, mx.array]], settings: Settings) -> tuple[str, ...]:
     count, length = batches[0][0].shape
     notes = [
         "Faithfulness: fp32 on dequantized weights, on a CPU."
@@ -363,8 +372,8 @@ def _notes(
     ]
     if not held.is_split:
         notes.append("The reference stayed in memory whole: its head could not be told from its body.")
-    if speed and speed.device == "cpu":
-        notes.append("Speed and memory were measured on a CPU; on a Mac's GPU they differ.")
+    if settings.speed is not None and on_cpu():
+        notes.append("Speed and memory are a CPU's; on a Mac's GPU they differ.")
     if settings.speed is None:
         notes.append("Speed was not measured.")
     return tuple(notes)

@@ -45,6 +45,8 @@ def _model_facts(result: ModelResult, comparison: Comparison) -> dict[str, Any]:
     }
     if result is not comparison.reference:
         facts["verdict"] = verdict(result, comparison.reference)
+    if result.not_timed is not None:
+        facts["not_timed"] = result.not_timed
     if speed := result.speed:
         facts["timing"] = {
             "device": speed.device,
@@ -126,17 +128,18 @@ def comparison_markdown(comparison: Comparison, gates: Sequence[GateResult] = ()
     lines.append("")
     lines += [f"- {_escaped(verdict(result, comparison.reference))}." for result in comparison.candidates]
     lines += [f"- Gate {'passed' if g.passed else 'FAILED'}: {_escaped(str(g))}." for g in gates]
-    lines += ["", " ".join(footnotes(comparison)), ""]
+    lines += ["", " ".join(map(_escaped, footnotes(comparison))), ""]
     return "\n".join(lines)
 
 
 def footnotes(comparison: Comparison) -> list[str]:
-    """What was measured on what, and how far the noise goes."""
+    """What was measured on what, how far the noise goes, and why a speed is missing."""
     text, floor = comparison.text, comparison.noise_floor
     return [
         f"Text: {text.name}, {text.tokens} tokens, SHA-256 {text.sha256[:16]}.",
         f"KL is KL(reference || model) per token, nats; noise floor {value_text('kl_mean', floor.kl_mean)}.",
         *comparison.notes,
+        *(f"{r.name}: speed not measured: {r.not_timed}." for r in comparison.results if r.not_timed is not None),
     ]
 
 

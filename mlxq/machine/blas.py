@@ -42,6 +42,15 @@ class BlasInfo:
     passed_over: tuple[PassedOver, ...] = ()
 
 
+# Where an OpenBLAS of the system may be, or one of the environment that Python lies in (conda).
+_FOLDERS = (
+    f"{sys.prefix}/lib",
+    "/usr/local/lib",
+    f"/usr/lib/{platform.machine()}-linux-gnu",
+    "/usr/lib64",
+    "/usr/lib",
+)
+
 # What load_blas() lent in this process: it cannot be taken back.
 _lent: list[BlasInfo] = []
 
@@ -134,9 +143,8 @@ def _packaged() -> Iterator[Path]:
 
 
 def _installed() -> Iterator[Path]:
-    folders = [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
-    folders += [f"{sys.prefix}/lib", "/usr/local/lib", f"/usr/lib/{platform.machine()}-linux-gnu", "/usr/lib64"]
-    for folder in (*folders, "/usr/lib"):
+    asked = [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
+    for folder in (*asked, *_FOLDERS):
         for name in ("libopenblas.so.0", "libopenblas.so", "libopenblasp.so.0"):
             yield Path(folder, name)
 

@@ -10,7 +10,6 @@ import ctypes
 import hashlib
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from mlxq.machine.versions import installed_version
 
 # Raised when the proof itself changes, so that older verdicts are not believed.
 PROOF_VERSION = 1
-# For a proof that takes a quarter of a second where the machine is idle.
+# For a proof that takes a tenth of a second on an idle machine, and a hundred times that under an emulator.
 TIME_LIMIT_S = 30.0
 # How long a failure is believed: what a busy machine did to a good library should not last. A pass stays.
 FAILURE_KEPT_S = 86400.0
@@ -104,7 +103,7 @@ def _signal(number: int) -> str:
 
 def _key(library: Path) -> str | None:
     """What a verdict depends on, hashed; None where this machine does not say what its CPU is."""
-    cpu = cpu_identity()
+    cpu = _cpu_identity()
     if cpu is None:
         return None
     state = library.stat()
@@ -114,27 +113,29 @@ def _key(library: Path) -> str | None:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def cpu_identity() -> list[str] | None:
+def _cpu_identity() -> list[str] | None:
     """Model and instruction sets of every kind of core in this machine, or None where it does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return None
     said = {line for line in lines if line.partition(":")[0].strip() in _CPU_LINES}
-    return sorted({*said, *_cpuid()}) if said else None
+    return sorted({*said, *_features()}) if said else None
 
 
-def _cpuid() -> list[str]:
-    """What an x86 processor itself says of its instruction sets, as glibc 2.33 and later ask it.
-
-    An emulator shows programs its host's /proc/cpuinfo.
+def _features() -> list[str]:
+    """The instruction sets that programs may use, as the C library has them from the processor itself: an emulator
+    shows programs its host's /proc/cpuinfo.
     """
-    ask = getattr(ctypes.CDLL(None), "__x86_get_cpuid_feature_leaf", None)
-    if platform.machine() != "x86_64" or ask is None:
-        return []
-    ask.restype = ctypes.POINTER(ctypes.c_uint32 * 8)
-    # Of each leaf four words the processor says, then four of what may be used. Leaves 1, 7, 0x80000001 and 0xd.
-    return [f"usable {leaf}: {ask(leaf).contents[4:]}" for leaf in range(4)]
+    libc = ctypes.CDLL(None)
+    libc.getauxval.restype = ctypes.c_ulong
+    found = [f"AT_HWCAP {libc.getauxval(ctypes.c_ulong(kind))}" for kind in (16, 26)]
+    leaf_of = getattr(libc, "__x86_get_cpuid_feature_leaf", None)  # glibc 2.33 and later, on x86
+    if leaf_of is not None:
+        leaf_of.restype = ctypes.POINTER(ctypes.c_uint32 * 8)
+        # Leaves 1, 7, 0x80000001 and 0xd. Four words of each are what the processor says, the others what is usable.
+        found += [f"leaf {leaf} {leaf_of(leaf).contents[4:]}" for leaf in range(4)]
+    return found
 
 
 def _file() -> Path:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from mlxq import __version__
@@ -90,7 +92,11 @@ def logged_in() -> bool:
 
 
 def peak_rss_bytes() -> int:
-    """The most memory this process has held so far (``ru_maxrss``: KiB on Linux, bytes on macOS)."""
+    """The most memory this process has held so far."""
+    status = Path("/proc/self/status")
+    if status.is_file() and (peak_kib := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
+        return int(peak_kib[1]) * 1024
+    # In KiB but on macOS. On Linux it counts the program that started this one too, up to when it did.
     import resource  # Windows has none, and nothing there comes this far.
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from mlxq.methods.encoded import Encoded, pack
+from mlxq.methods.encoded import Encoded
 from mlxq.methods.formats import Format
+from mlxq.methods.method import Guide, Method, Needs
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -54,7 +55,9 @@ class Grid:
         return 0.5 - self.bias * self.inverse
 
 
-def fit(weight: mx.array, fmt: Format, importance: mx.array | None = None, *, dtype: mx.Dtype | None = None) -> Encoded:
+def affine_fit(
+    weight: mx.array, fmt: Format, importance: mx.array | None = None, *, dtype: mx.Dtype | None = None
+) -> Encoded:
     """Encode ``weight`` (..., rows, columns) in the affine format ``fmt``.
 
     ``importance`` (..., columns), broadcast over rows, is each input's second moment; None weighs columns alike.
@@ -78,8 +81,7 @@ def fit(weight: mx.array, fmt: Format, importance: mx.array | None = None, *, dt
             )
             mx.eval(block.arrays())
             blocks.append(block)
-    parts = [mx.concatenate([block.arrays()[name] for block in blocks]) for name in ("weight", "scales", "biases")]
-    return Encoded(*(part.reshape(*lead, rows, -1) for part in parts))
+    return Encoded.joined(blocks, *lead, rows)
 
 
 def group_weights(importance: mx.array, fmt: Format) -> mx.array:
@@ -105,7 +107,7 @@ def _fit_rows(weight: mx.array, fmt: Format, weights: mx.array | None, dtype: mx
     grid = best_grid(groups, fmt, weights, dtype)
     codes = nearest_codes(groups, grid, fmt.bits).astype(mx.uint8)
     return Encoded(
-        pack(codes.reshape(rows, columns), fmt.bits),
+        fmt.pack(codes.reshape(rows, columns)),
         grid.scale.squeeze(-1).astype(dtype),
         grid.bias.squeeze(-1).astype(dtype),
     )
@@ -229,3 +231,18 @@ def _better(grid: Grid, loss: mx.array, other: Grid, other_loss: mx.array) -> tu
     wins = other_loss < loss
     scale = mx.where(wins, other.scale, grid.scale)
     return Grid(scale, mx.where(wins, other.bias, grid.bias)), mx.where(wins, other_loss, loss)
+
+
+class _AffineFit(Method):
+    name = "fit"
+    does = "refits each grid"
+    uses = Needs.SECOND_MOMENTS
+
+    def takes(self, fmt: Format) -> bool:
+        return fmt.kind.scale_codes is None
+
+    def encode(self, weight: mx.array, fmt: Format, guide: Guide) -> Encoded:
+        return affine_fit(weight, fmt, guide.importance)
+
+
+AFFINE_FIT = _AffineFit()

@@ -1,11 +1,10 @@
-"""Weights as MLX stores them quantized: integer codes packed into words, scales, and biases for affine."""
+"""Weights as MLX stores them quantized."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
-from mlxq.methods.formats import Format
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -20,69 +19,16 @@ class Encoded:
 
     weight: mx.array
     scales: mx.array
-    biases: mx.array | None
+    biases: mx.array | None = None
 
     def arrays(self) -> dict[str, mx.array]:
         """The arrays by the names a module gives them."""
-        named = {"weight": self.weight, "scales": self.scales}
-        return named if self.biases is None else {**named, "biases": self.biases}
+        return {name: array for name, array in vars(self).items() if array is not None}
 
+    @classmethod
+    def joined(cls, blocks: Sequence[Encoded], *lead: int) -> Encoded:
+        """Blocks of rows (rows, ...) or of matrices, one after another, as one weight with leading axes ``lead``."""
+        import mlx.core as mx
 
-def pack(codes: mx.array, bits: int) -> mx.array:
-    """Pack ``codes`` (..., columns), each below ``2**bits``, into (..., columns * bits / 32) uint32.
-
-    MLX's layout is one little-endian stream of bits: eight codes fill ``bits`` bytes, the first code lowest.
-    ``columns`` must be a multiple of 32.
-    """
-    import mlx.core as mx
-
-    *lead, columns = codes.shape
-    octets = codes.reshape(-1, 8)
-    # Halves of four codes stay within 32 bits for every width up to 8.
-    low, high = _joined(octets[:, :4], bits), _joined(octets[:, 4:], bits)
-    if bits == 8:
-        return mx.stack([low, high], axis=-1).reshape(*lead, columns // 4)
-    if bits % 2 == 0 and bits != 6:
-        words = low | (high << (4 * bits))
-        narrow = words.astype(mx.uint16 if bits == 2 else mx.uint32)
-        return narrow.reshape(*lead, -1).view(mx.uint32)
-    words64 = low.astype(mx.uint64) | (high.astype(mx.uint64) << mx.array(4 * bits, mx.uint64))
-    return words64.view(mx.uint8).reshape(-1, 8)[:, :bits].reshape(*lead, -1).view(mx.uint32)
-
-
-def _joined(quads: mx.array, bits: int) -> mx.array:
-    """Four codes (n, 4) side by side in one uint32 (n,), the first lowest."""
-    import mlx.core as mx
-
-    wide = quads.astype(mx.uint32)
-    return wide[:, 0] | (wide[:, 1] << bits) | (wide[:, 2] << 2 * bits) | (wide[:, 3] << 3 * bits)
-
-
-def decode(encoded: Encoded, fmt: Format) -> mx.array:
-    """The weights ``encoded`` stands for, in float32: stored scales and biases, arithmetic not rounded to them."""
-    import mlx.core as mx
-
-    if encoded.biases is None:
-        return mx.dequantize(
-            encoded.weight,
-            scales=encoded.scales,
-            group_size=fmt.group_size,
-            bits=fmt.bits,
-            mode=fmt.mode,
-            dtype=mx.float32,
-        )
-    return mx.dequantize(
-        encoded.weight,
-        scales=encoded.scales.astype(mx.float32),
-        biases=encoded.biases.astype(mx.float32),
-        group_size=fmt.group_size,
-        bits=fmt.bits,
-    )
-
-
-def round_to_nearest(weight: mx.array, fmt: Format) -> Encoded:
-    """MLX's own ``mx.quantize`` of ``weight`` (..., rows, columns)."""
-    import mlx.core as mx
-
-    parts = mx.quantize(weight, group_size=fmt.group_size, bits=fmt.bits, mode=fmt.mode)
-    return Encoded(parts[0], parts[1], parts[2] if len(parts) > 2 else None)
+        parts = {name: mx.concatenate([block.arrays()[name] for block in blocks]) for name in blocks[0].arrays()}
+        return cls(**{name: part.reshape(*lead, part.shape[-1]) for name, part in parts.items()})

@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlxq.methods.affine_fit import Grid, best_grid, nearest_codes
-from mlxq.methods.encoded import Encoded, pack
+from mlxq.methods.affine_fit import AFFINE_FIT, Grid, best_grid, nearest_codes
+from mlxq.methods.encoded import Encoded
 from mlxq.methods.formats import Format
+from mlxq.methods.method import Guide, Method, Needs
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -24,14 +25,16 @@ DAMPING = 0.01
 # The same for an embedding tied to the head: its rows also enter the model as they are, where no column makes good
 # another's error.
 TIED_DAMPING = 0.1
+# At so many bits and more there is no error left worth feeding back.
+MOST_BITS = 8
 # Columns updated one by one before a matrix product carries their errors to the rest of the group.
 PANEL_COLUMNS = 16
 # Floats of Cholesky factors held at once: expert stacks are encoded a few experts at a time.
 FACTOR_ELEMENTS = 1 << 26
 
 
-@dataclass(frozen=True)
-class Feedback:
+@dataclass(frozen=True, kw_only=True)
+class Feedback(Guide):
     """What a Hessian says of one module and group size: where each column's error goes.
 
     ``order`` (..., columns) is the order the columns are taken in, ``factor`` (..., columns, columns) float32 the
@@ -40,6 +43,9 @@ class Feedback:
 
     order: mx.array
     factor: mx.array
+
+    def of_expert(self, expert: int) -> Feedback:
+        return Feedback(order=self.order[expert], factor=self.factor[expert])
 
 
 def feedback(hessian: mx.array, group_size: int, damping: float = DAMPING) -> Feedback:
@@ -60,7 +66,7 @@ def feedback(hessian: mx.array, group_size: int, damping: float = DAMPING) -> Fe
         factors.append(inverse_factor(part, damping))
         mx.eval(orders[-1], factors[-1])
     order, factor = mx.concatenate(orders), mx.concatenate(factors)
-    return Feedback(order.reshape(*lead, columns), factor.reshape(*lead, columns, columns))
+    return Feedback(order=order.reshape(*lead, columns), factor=factor.reshape(*lead, columns, columns))
 
 
 def gptq(weight: mx.array, fmt: Format, ahead: Feedback, *, dtype: mx.Dtype | None = None) -> Encoded:
@@ -83,8 +89,7 @@ def gptq(weight: mx.array, fmt: Format, ahead: Feedback, *, dtype: mx.Dtype | No
         block = _encode(stack[part], fmt, orders[part], factors[part], dtype)
         mx.eval(block.arrays())
         blocks.append(block)
-    parts = [mx.concatenate([block.arrays()[name] for block in blocks]) for name in ("weight", "scales", "biases")]
-    return Encoded(*(part.reshape(*lead, rows, -1) for part in parts))
+    return Encoded.joined(blocks, *lead, rows)
 
 
 def _encode(weight: mx.array, fmt: Format, order: mx.array, factor: mx.array, dtype: mx.Dtype) -> Encoded:
@@ -113,7 +118,7 @@ def _encode(weight: mx.array, fmt: Format, order: mx.array, factor: mx.array, dt
         mx.take_along_axis(mx.concatenate(parts, axis=-1), group_index[:, None], axis=-1).astype(dtype)
         for parts in ([grid.scale for grid in grids], [grid.bias for grid in grids])
     )
-    return Encoded(pack(stored.swapaxes(1, 2), fmt.bits), scales, biases)
+    return Encoded(fmt.pack(stored.swapaxes(1, 2)), scales, biases)
 
 
 def _group_order(hessian: mx.array, group: int) -> mx.array:
@@ -179,3 +184,32 @@ def _encode_group(block: mx.array, factor: mx.array, fmt: Format, dtype: mx.Dtyp
         if stop < fmt.group_size:
             block = block - factor[:, start:stop, stop:].swapaxes(1, 2) @ errors[-1]
     return mx.concatenate(codes, axis=1), mx.concatenate(errors, axis=1), grid
+
+
+class _Gptq(Method):
+    name = "gptq"
+    does = "adds error feedback"
+    needs = uses = Needs.HESSIANS
+
+    def takes(self, fmt: Format) -> bool:
+        return AFFINE_FIT.takes(fmt)
+
+    def pays(self, fmt: Format) -> bool:
+        return fmt.bits < MOST_BITS
+
+    def least_rows(self, columns: int) -> int:
+        return columns // 2
+
+    def guide(self, second_moment: mx.array, hessian: mx.array | None, fmt: Format, *, tied: bool) -> Guide:
+        if hessian is None:
+            return Guide(second_moment)
+        return feedback(hessian, fmt.group_size, TIED_DAMPING if tied else DAMPING)
+
+    def encode(self, weight: mx.array, fmt: Format, guide: Guide) -> Encoded:
+        if isinstance(guide, Feedback):
+            return gptq(weight, fmt, guide)
+        # The text never reached the module, so nothing is known of where its errors go.
+        return AFFINE_FIT.encode(weight, fmt, guide)
+
+
+GPTQ = _Gptq()

@@ -10,22 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mlxq.methods.affine_fit import BLOCK_ELEMENTS, group_weights
-from mlxq.methods.encoded import Encoded, decode, pack, round_to_nearest
+from mlxq.methods.encoded import Encoded
 from mlxq.methods.formats import Format
+from mlxq.methods.method import Guide, Method, Needs
+from mlxq.methods.rtn import round_to_nearest
 
 if TYPE_CHECKING:
     import mlx.core as mx
-
-# Magnitudes of E2M1 by code, and the midpoints between them; the sign is the code's bit 3.
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-E2M1_MIDPOINTS = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
-# Stored scale codes tried on either side of mx.quantize's: E8M0 codes are a factor 2 apart, E4M3's 6 to 12%.
-NEIGHBOURS: dict[str, tuple[int, ...]] = {
-    "mxfp4": (-1, 1),
-    "nvfp4": (-4, -3, -2, -1, 1, 2, 3),
-    "mxfp8": (-1, 1),
-}
-LARGEST_SCALE_CODE: dict[str, int] = {"mxfp4": 254, "nvfp4": 126, "mxfp8": 254}
 
 
 def mx_fit(weight: mx.array, fmt: Format, importance: mx.array | None = None) -> Encoded:
@@ -48,62 +39,59 @@ def mx_fit(weight: mx.array, fmt: Format, importance: mx.array | None = None) ->
             block = _fit_rows(stack[matrix, start : start + step], fmt, weights[matrix])
             mx.eval(block.arrays())
             blocks.append(block)
-    return Encoded(
-        mx.concatenate([block.weight for block in blocks]).reshape(*lead, rows, -1),
-        mx.concatenate([block.scales for block in blocks]).reshape(*lead, rows, -1),
-        None,
-    )
+    return Encoded.joined(blocks, *lead, rows)
 
 
 def _fit_rows(weight: mx.array, fmt: Format, weights: mx.array) -> Encoded:
     import mlx.core as mx
 
+    codes = fmt.kind.scale_codes
+    assert codes is not None, "a mode without codes for its scales has nothing to step through"
     rows = weight.shape[0]
     groups = weight.astype(mx.float32).reshape(rows, -1, fmt.group_size)
     best = round_to_nearest(weight, fmt)
     loss = _loss(groups, best, fmt, weights)
     first = best.scales
-    for step in NEIGHBOURS[fmt.mode]:
-        scales = mx.clip(first.astype(mx.int32) + step, 0, LARGEST_SCALE_CODE[fmt.mode]).astype(mx.uint8)
-        tried = _rounded(groups, scales, fmt)
+    for step in codes.neighbours:
+        scales = mx.clip(first.astype(mx.int32) + step, 0, codes.largest).astype(mx.uint8)
+        tried = _rounded(groups, scales, codes.values(scales), fmt)
         tried_loss = _loss(groups, tried, fmt, weights)
         wins = tried_loss < loss
         words = best.weight.shape[-1] // scales.shape[-1]
         best = Encoded(
             mx.where(mx.repeat(wins, words, axis=-1), tried.weight, best.weight),
             mx.where(wins, scales, best.scales),
-            None,
         )
         loss = mx.where(wins, tried_loss, loss)
     return best
 
 
-def _rounded(groups: mx.array, scales: mx.array, fmt: Format) -> Encoded:
-    """``groups`` (rows, n, group_size) rounded to the values that the stored ``scales`` (rows, n) allow."""
+def _rounded(groups: mx.array, scales: mx.array, values: mx.array, fmt: Format) -> Encoded:
+    """``groups`` (rows, n, group_size) rounded to what the stored ``scales`` (rows, n), worth ``values``, allow."""
     import mlx.core as mx
 
-    factor = scale_values(scales, fmt)[..., None]
+    assert fmt.kind.nearest is not None
+    factor = values[..., None]
     scaled = mx.where(factor > 0, groups / mx.where(factor > 0, factor, 1), 0)
-    if fmt.bits == 8:
-        codes = mx.to_fp8(mx.clip(scaled, -448.0, 448.0))
-    else:
-        size = mx.abs(scaled)
-        codes = 8 * (scaled < 0).astype(mx.uint8)
-        for middle in E2M1_MIDPOINTS:
-            codes = codes + (size > middle).astype(mx.uint8)
-    return Encoded(pack(codes.reshape(groups.shape[0], -1), fmt.bits), scales, None)
-
-
-def scale_values(scales: mx.array, fmt: Format) -> mx.array:
-    """The float32 values that stored uint8 scales stand for."""
-    import mlx.core as mx
-
-    if fmt.mode == "nvfp4":
-        return mx.from_fp8(scales, dtype=mx.float32)
-    return mx.power(2.0, scales.astype(mx.float32) - 127)
+    return Encoded(fmt.pack(fmt.kind.nearest(scaled).reshape(groups.shape[0], -1)), scales)
 
 
 def _loss(groups: mx.array, encoded: Encoded, fmt: Format, weights: mx.array) -> mx.array:
     """Weighted squared error of each group (rows, n)."""
-    error = groups - decode(encoded, fmt).reshape(groups.shape)
+    error = groups - fmt.decode(encoded.arrays()).reshape(groups.shape)
     return (weights * error * error).sum(axis=-1)
+
+
+class _MicroscalingFit(Method):
+    name = "fit"
+    does = "refits each grid"
+    uses = Needs.SECOND_MOMENTS
+
+    def takes(self, fmt: Format) -> bool:
+        return fmt.kind.scale_codes is not None
+
+    def encode(self, weight: mx.array, fmt: Format, guide: Guide) -> Encoded:
+        return mx_fit(weight, fmt, guide.importance)
+
+
+MX_FIT = _MicroscalingFit()

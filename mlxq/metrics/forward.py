@@ -16,7 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from mlxq import upstream
 from mlxq.errors import MlxqError
+from mlxq.methods.formats import Format
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -66,9 +68,9 @@ def evaluation_model(model: nn.Module, *, own_dtype: bool = False, resident: boo
 def _fp32_bytes(leaf: nn.Module) -> int:
     if "weight" not in leaf:
         return 0
-    if "scales" in leaf:
-        return int(leaf["scales"].size) * int(leaf.group_size) * 4
-    return int(leaf["weight"].size) * 4
+    fmt = Format.of_module(leaf)
+    packed = leaf["weight"]
+    return int(packed.size // packed.shape[-1] * fmt.logical_columns(packed.shape[-1]) if fmt else packed.size) * 4
 
 
 def _with_fp32_products(path: str, leaf: nn.Module, *, resident: bool, dtype: mx.Dtype | None) -> nn.Module:
@@ -80,7 +82,7 @@ def _with_fp32_products(path: str, leaf: nn.Module, *, resident: bool, dtype: mx
     for kind, replacement in kinds.items():
         if type(leaf) is kind:
             return replacement(leaf, resident, dtype)
-    if "scales" in leaf:
+    if Format.of_module(leaf):
         raise MlxqError(f"{path}: cannot dequantize a {type(leaf).__name__} for evaluation")
     return leaf
 
@@ -90,7 +92,6 @@ def _replacements() -> dict[type, Callable[[nn.Module, bool, mx.Dtype | None], n
     """MLX's matrix modules, quantized and not -> what stands in for them."""
     import mlx.core as mx
     import mlx.nn as nn
-    from mlx_lm.models import mla, switch_layers
 
     class Matrix(nn.Module):  # type: ignore[misc]
         """A weight (..., rows, columns) that multiplies in fp32, whatever it is stored as.
@@ -100,46 +101,26 @@ def _replacements() -> dict[type, Callable[[nn.Module, bool, mx.Dtype | None], n
 
         def __init__(self, stored: nn.Module, resident: bool, dtype: mx.Dtype | None) -> None:
             super().__init__()
-            self._stored = {
-                name: stored[name]
-                for name in ("weight", "scales", "biases", "global_scale")
-                if stored.get(name) is not None
-            }
-            self._format = {
-                name: getattr(stored, name) for name in ("group_size", "bits", "mode") if name in vars(stored)
-            }
-            scales = self._stored.get("scales")
-            plain = scales if scales is not None and scales.dtype != mx.uint8 else self._stored["weight"]
-            own = plain.dtype if mx.issubdtype(plain.dtype, mx.floating) else mx.bfloat16
+            self._format = Format.of_module(stored)
+            self._stored = self._format.stored_parts(stored) if self._format else {"weight": stored["weight"]}
+            computed = self._stored.get("scales", self._stored["weight"]).dtype
+            own = computed if mx.issubdtype(computed, mx.floating) else mx.bfloat16
             self._dtype = dtype or own
             if stored.get("bias") is not None:
                 self.bias = stored["bias"]
             if resident:
                 fp32 = self.rows(slice(None))
                 mx.eval(fp32)
-                self._stored, self._format = {"weight": fp32}, {}
+                self._stored, self._format = {"weight": fp32}, None
 
         def rows(self, index: Any) -> mx.array:
             """Rows of the weight in fp32; scales and biases are widened first, so nothing is rounded on the
             way.
             """
-            part = {name: array if name == "global_scale" else array[index] for name, array in self._stored.items()}
-            if "scales" not in part:
-                plain: mx.array = part["weight"]
+            if self._format is None:
+                plain: mx.array = self._stored["weight"][index]
                 return plain.astype(mx.float32)
-            if self._format["mode"] == "affine":
-                part["scales"] = part["scales"].astype(mx.float32)
-                part["biases"] = part["biases"].astype(mx.float32)
-                return mx.dequantize(part.pop("weight"), **part, **self._format)
-            scale = part.pop("global_scale", None)
-            if scale is None or scale.size == 1:
-                extra = {} if scale is None else {"global_scale": scale}
-                return mx.dequantize(part.pop("weight"), **part, **extra, **self._format, dtype=mx.float32)
-            # One scale for each expert of a stack, and mx.dequantize takes one at a time.
-            experts = zip(part["weight"], part["scales"], scale.reshape(-1), strict=True)
-            return mx.stack(
-                [mx.dequantize(w, scales=s, global_scale=g, **self._format, dtype=mx.float32) for w, s, g in experts]
-            )
+            return self._format.decode(self._format.rows(self._stored, index))
 
         @property
         def weight(self) -> mx.array:
@@ -177,10 +158,8 @@ def _replacements() -> dict[type, Callable[[nn.Module, bool, mx.Dtype | None], n
         nn.QuantizedLinear: Linear,
         nn.Embedding: Embedding,
         nn.QuantizedEmbedding: Embedding,
-        switch_layers.SwitchLinear: SwitchLinear,
-        switch_layers.QuantizedSwitchLinear: SwitchLinear,
-        mla.MultiLinear: MultiLinear,
-        mla.QuantizedMultiLinear: MultiLinear,
+        **dict.fromkeys(upstream.switch_linears(), SwitchLinear),
+        **dict.fromkeys(upstream.multi_linears(), MultiLinear),
     }
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.errors import MlxqError
-from mlxq.methods.formats import MODES, TERNARY_PER_BYTE, TERNARY_SCALE
-from mlxq.sources.safetensors import read_file_header, read_json
+from mlxq.headers import read_file_header, read_json
+from mlxq.methods.formats import PARTS, TERNARY_PER_BYTE, TERNARY_SCALE, Format
 from mlxq.tensors import TensorSpec
 
 
@@ -40,7 +40,7 @@ def measure_size(folder: Path) -> Size:
         scales = tensors.get(f"{module}.scales")
         if f"{module}.{TERNARY_SCALE}" in tensors and part in ("weight", TERNARY_SCALE):
             parameters += spec.size * TERNARY_PER_BYTE if part == "weight" else 0
-        elif scales is None or part not in ("weight", "scales", "biases", "global_scale"):
+        elif scales is None or part not in PARTS:
             parameters += spec.size
         elif part == "weight":
             bits, columns = _logical(module, spec, scales, quantization)
@@ -58,15 +58,13 @@ def measure_size(folder: Path) -> Size:
 
 def _logical(module: str, packed: TensorSpec, scales: TensorSpec, quantization: Mapping[str, Any]) -> tuple[int, int]:
     """Bits and columns of a packed weight, from its shapes, checked against what the config records."""
-    recorded = quantization.get(module, quantization)
-    mode_bits, mode_groups = MODES[recorded.get("mode", "affine")]
-    # mlx_lm's mixed presets write "group_size": null, and MLX reads that as the mode's default.
-    group_size, bits = int(recorded["group_size"] or mode_groups[0]), int(recorded["bits"] or mode_bits[0])
-    columns = scales.shape[-1] * group_size
-    if packed.shape[-1] * 32 != columns * bits:
+    fmt = Format.from_config(quantization.get(module, quantization))
+    columns = scales.shape[-1] * fmt.group_size
+    if packed.shape[-1] * 32 != columns * fmt.bits:
         held = packed.shape[-1] * 32 / columns
         raise MlxqError(
-            f"{module}: config.json records {bits} bits, group size {group_size}, and the file holds {held:g} bits",
+            f"{module}: config.json records {fmt.bits} bits, group size {fmt.group_size}, "
+            f"and the file holds {held:g} bits",
             "The folder is wrong; write it again.",
         )
-    return bits, columns
+    return fmt.bits, columns

@@ -17,6 +17,9 @@ from typing import Any
 
 from mlxq.errors import BadInputError
 from mlxq.fold import fold
+from mlxq.headers import read_json
+from mlxq.methods.formats import Format
+from mlxq.methods.rtn import RTN
 from mlxq.metrics.metric import chosen, value_text, with_error_text
 from mlxq.sources.base import ModelSource
 
@@ -68,6 +71,8 @@ def make_card(report: Mapping[str, Any], name: str, folder: Path, plot: str | No
     if base_model:
         owned |= {"base_model": base_model, "base_model_relation": "quantized"}
     tags = ["mlx", *(["conversational"] if has_chat_template(folder) else [])]
+    if any(part["ability"] for part in report.get("left_out", ())):
+        carried["pipeline_tag"] = "text-generation"
     carried.setdefault("pipeline_tag", "text-generation")
     carried["tags"] = list(dict.fromkeys([*tags, *carried.get("tags", ())]))
     parts = (_summary(report), _use(name, folder), _done(report), _measured(report, plot), _reproduce(report, name))
@@ -130,7 +135,11 @@ def has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
     settings = folder / "tokenizer_config.json"
-    return settings.is_file() and bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
+    try:
+        return settings.is_file() and bool(read_json(settings).get("chat_template"))
+    except BadInputError:
+        # A copy of the source's, damaged as that is: no loader finds a template in it either.
+        return False
 
 
 # Reading and changing a card.
@@ -281,11 +290,10 @@ def _stored_as(module: Mapping[str, Any]) -> str:
     fmt = module["format"]
     if fmt is None:
         return str(module["dtype"])
-    mode = "" if fmt["mode"] == "affine" else f"{fmt['mode']}, "
     # Reports from before methods were recorded have rounding alone.
-    method = module.get("method", "rtn")
-    how = "" if method == "rtn" else f", by {method}"
-    return f"{mode}{fmt['bits']} bits, groups of {fmt['group_size']}{how}"
+    method = module.get("method", RTN.name)
+    how = "" if method == RTN.name else f", by {method}"
+    return f"{Format.from_config(fmt).in_words()}{how}"
 
 
 def _measured(report: Mapping[str, Any], plot: str | None) -> str | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxq.architecture.bind import open_lazily
+from mlxq.architecture.opening import open_lazily
 from mlxq.errors import BadInputError
 from mlxq.publish import card
 from mlxq.recipe.target import Target, target_faults

@@ -15,7 +15,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from mlxq.errors import RecipeError
-from mlxq.methods.formats import METHODS, MODES, Format, fault_of
+from mlxq.methods.formats import AFFINE, MODES, Format, fault_of
+from mlxq.methods.registry import AUTO, METHOD_NAMES, needs_text, uses_text
+from mlxq.methods.rtn import RTN
 from mlxq.recipe.gates import gate_fault
 from mlxq.recipe.match import pattern_fault, slice_fault
 from mlxq.recipe.schema import (
@@ -140,7 +142,7 @@ class Recipe:
             "options": [fmt.as_config() for fmt in self.options] if self.budget else None,
             "method": self.method,
             "calibration": {"text": list(self.calibration.texts), "tokens": self.calibration.tokens}
-            if self.method != "rtn"
+            if self.budget is not None or uses_text(self.method)
             else None,
             "strict": self.strict,
             "gates": list(self.gates),
@@ -505,12 +507,12 @@ def _budget(draft: _Draft, faults: list[_Fault]) -> Budget | None:
 
 def _method(draft: _Draft, faults: list[_Fault]) -> str:
     method = draft.data.get("method")
-    if isinstance(method, str) and method not in METHODS:
-        message = f"unknown method {method!r}; known are {', '.join(METHODS)}{_suggest(method, METHODS)}"
+    if isinstance(method, str) and method not in METHOD_NAMES:
+        message = f"unknown method {method!r}; known are {', '.join(METHOD_NAMES)}{_suggest(method, METHOD_NAMES)}"
         faults.append(_Fault(draft.origin(("method",)), message))
     if isinstance(method, str):
         return method
-    return "auto" if "budget" in draft.data else "rtn"
+    return AUTO if "budget" in draft.data else RTN.name
 
 
 def _calibration(draft: _Draft, method: str, faults: list[_Fault]) -> Calibration:
@@ -518,13 +520,13 @@ def _calibration(draft: _Draft, method: str, faults: list[_Fault]) -> Calibratio
     if not isinstance(raw, dict):
         return Calibration()
     origin = draft.origin(("calibration",))
-    if method == "rtn" and "budget" not in draft.data:
+    if method in METHOD_NAMES and not uses_text(method) and "budget" not in draft.data:
         faults.append(_Fault(origin, "nothing uses it: add a budget, or method: fit or gptq"))
     texts = tuple(text for text in _listed(raw.get("text", "builtin")) if isinstance(text, str))
     alone = {"builtin", "self", "none"} & set(texts)
     if len(texts) > 1 and alone:
         faults.append(_Fault(draft.origin(("calibration", "text")), f"{alone.pop()} does not mix with other texts"))
-    if texts == ("none",) and method == "gptq":
+    if texts == ("none",) and method in METHOD_NAMES and needs_text(method):
         message = "gptq feeds errors back along the inputs, so it needs text; fit works without"
         faults.append(_Fault(draft.origin(("calibration", "text")), message))
     tokens = raw.get("tokens", CalibrationModel.model_fields["tokens"].default)
@@ -583,22 +585,24 @@ def _format(
     draft: _Draft, at: KeyPath, raw: dict[str, Any], base: Format | None, faults: list[_Fault]
 ) -> Format | None:
     """The format at ``at``; what it leaves out is ``base``'s where the mode is the same, else the mode's."""
-    mode = raw.get("mode", base.mode if base else "affine")
+    mode = raw.get("mode", base.mode if base else AFFINE.name)
     if not isinstance(mode, str):
         return None
     if mode not in MODES:
         message = f"unknown mode {mode!r}; MLX has {', '.join(MODES)}{_suggest(mode, MODES)}"
         faults.append(_Fault(draft.origin((*at, "mode")), message))
         return None
-    same = base if base and base.mode == mode else Format(MODES[mode][0][0], MODES[mode][1][0], mode)
+    same = base if base and base.mode == mode else MODES[mode].default
     bits, group_size = raw.get("bits", same.bits), raw.get("group_size", same.group_size)
     if not _is_whole(bits) or not _is_whole(group_size):
         return None
     # Asked one at a time, so that both wrong is two faults.
-    bits_fault = fault_of(mode, bits, MODES[mode][1][0])
-    group_fault = fault_of(mode, MODES[mode][0][0], group_size)
+    bits_fault = fault_of(mode, bits, MODES[mode].group_sizes[0])
+    group_fault = fault_of(mode, MODES[mode].bits[0], group_size)
     inherits = (
-        "" if "mode" in raw or mode == "affine" else f" (mode is the default's; say `mode: affine` for {bits} bits)"
+        ""
+        if "mode" in raw or bits not in AFFINE.bits
+        else f" (mode is the default's; say `mode: {AFFINE.name}` for {bits} bits)"
     )
     if bits_fault:
         faults.append(_Fault(draft.origin((*at, "bits")), bits_fault + inherits))

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from mlxq.methods.formats import METHODS, MODES
+from mlxq.methods.formats import AFFINE, ALL_BITS, ALL_GROUP_SIZES, MODES
+from mlxq.methods.registry import METHOD_NAMES, described
 from mlxq.tensors import DTYPE_BY_NAME
 
 
@@ -25,13 +26,10 @@ def _one_or_more(*types: str) -> dict[str, Any]:
     return {"anyOf": [item, {"type": "array", "items": item, "minItems": 1}]}
 
 
-_ALL_BITS = sorted({bits for all_bits, _ in MODES.values() for bits in all_bits})
-_ALL_GROUPS = sorted({group for _, groups in MODES.values() for group in groups})
-
-_Bits = Annotated[int, Field(description="Bits per weight.", json_schema_extra={"enum": list(_ALL_BITS)})]
+_Bits = Annotated[int, Field(description="Bits per weight.", json_schema_extra={"enum": list(ALL_BITS)})]
 _GroupSize = Annotated[
     int,
-    Field(description="Weights of a row that share one scale.", json_schema_extra={"enum": list(_ALL_GROUPS)}),
+    Field(description="Weights of a row that share one scale.", json_schema_extra={"enum": list(ALL_GROUP_SIZES)}),
 ]
 _Mode = Annotated[
     str,
@@ -66,7 +64,7 @@ class FormatModel(_Model):
 
     bits: _Bits = 4
     group_size: _GroupSize = 64
-    mode: _Mode = "affine"
+    mode: _Mode = AFFINE.name
 
 
 def _rule_schema(schema: dict[str, Any]) -> None:
@@ -90,7 +88,7 @@ class RuleModel(_Model):
     )
     bits: _Bits = 4
     group_size: _GroupSize = 64
-    mode: _Mode = "affine"
+    mode: _Mode = AFFINE.name
     keep: bool = Field(default=False, description="Do not quantize: stay in dtype.")
     optional: bool = Field(default=False, description="Matching nothing is no fault.")
 
@@ -179,14 +177,13 @@ class RecipeModel(_Model):
         Field(min_length=2, description="Formats a budget chooses from: bits, or a mapping as in default."),
         BeforeValidator(_as_formats),
         WithJsonSchema(
-            {"type": "array", "minItems": 2, "items": {"anyOf": [{"enum": [2, 3, 4, 5, 6, 8]}, {"type": "object"}]}}
+            {"type": "array", "minItems": 2, "items": {"anyOf": [{"enum": sorted(AFFINE.bits)}, {"type": "object"}]}}
         ),
     ] = []
     method: str = Field(
         default="",
-        description="How weights are chosen: rtn rounds, fit refits each grid, gptq adds error feedback, auto picks. "
-        "rtn unless there is a budget, then auto.",
-        json_schema_extra={"enum": list(METHODS)},
+        description=f"How weights are chosen: {described()}. rtn unless there is a budget, then auto.",
+        json_schema_extra={"enum": list(METHOD_NAMES)},
     )
     calibration: CalibrationModel = Field(
         default=CalibrationModel(), description="Text for fit, gptq and budgets; the shipped corpus unless said."

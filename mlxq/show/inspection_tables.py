@@ -15,7 +15,8 @@ from mlxq.recipe.match import matches
 from mlxq.show.tables import count_text, facts_table, plain_table, shape_text, size_text
 
 if TYPE_CHECKING:
-    from mlxq.architecture.inspection import Encoding, InspectedModule, Inspection
+    from mlxq.architecture.inspection import InspectedModule, Inspection
+    from mlxq.architecture.tokenizer import Encoding
     from mlxq.machine.devices import Device
     from mlxq.machine.memory import Fit
 

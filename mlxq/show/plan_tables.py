@@ -10,15 +10,15 @@ from rich.table import Table
 
 from mlxq.errors import BadInputError
 from mlxq.fold import fold
-from mlxq.planning.plan import KEPT_AS_STORED
+from mlxq.planning.plan import By
 from mlxq.recipe.match import matches
 from mlxq.show.tables import facts_table, plain_table, shape_text, size_text
 from mlxq.tensors import FLOAT_DTYPES
 
 if TYPE_CHECKING:
-    from mlxq.metrics.generation import Generation
     from mlxq.pipeline import Finished
     from mlxq.planning.plan import Plan
+    from mlxq.running.question import Generation
     from mlxq.tensors import TensorSpec
     from mlxq.writing.disk_space import Room
 
@@ -35,7 +35,7 @@ def plan_table(plan: Plan) -> Table:
         right=("bytes",),
     )
     nbytes = {d.path: d.nbytes for d in plan.decisions}
-    rows = [(d.path, (d.shape, str(d.format or FLOAT_DTYPES[d.dtype]), d.by, d.note)) for d in plan.decisions]
+    rows = [(d.path, (d.shape, str(d.format or FLOAT_DTYPES[d.dtype]), d.decided_by, d.note)) for d in plan.decisions]
     for folded in fold(rows):
         shape, fmt, by, note = folded.attributes
         total = sum(nbytes[path] for path in folded.members)
@@ -88,7 +88,7 @@ def plan_notes(plan: Plan) -> list[str]:
     """What a person should know before the plan runs: deviations, folded by layer, and formats the source imposes."""
     notes = [(d.path, d.note) for d in plan.decisions if d.note]
     lines = [*plan.remarks, *(f"{folded.path}: {folded.attributes}" for folded in fold(notes))]
-    kept = Counter(str(d.format) for d in plan.decisions if d.by == KEPT_AS_STORED)
+    kept = Counter(str(d.format) for d in plan.decisions if d.by is By.SOURCE)
     if kept and (plan.recipe.default or plan.recipe.rules):
         formats = ", ".join(f"{count} in {fmt}" for fmt, count in kept.items())
         lines.append(
@@ -106,7 +106,7 @@ def why_table(plan: Plan, pattern: str) -> Table:
         raise BadInputError(
             f"--why {pattern}: no module of {plan.source.name} matches", "mlxq inspect MODEL lists them."
         )
-    rows = [(d.path, (str(d.format or FLOAT_DTYPES[d.dtype]), d.by, d.also, d.asked, d.note)) for d in chosen]
+    rows = [(d.path, (str(d.format or FLOAT_DTYPES[d.dtype]), d.decided_by, d.also, d.asked, d.note)) for d in chosen]
     lines = []
     for folded in fold(rows):
         fmt, by, also, asked, note = folded.attributes
@@ -138,5 +138,5 @@ def result_table(plan: Plan, finished: Finished, answer: Generation | None, seco
             f"on the {answer.device}",
         )
         table.add_row("asked", escape(answer.prompt))
-        table.add_row("answered", escape(answer.text))
+        table.add_row("answered", escape(answer.text) or "[dim]nothing: it ended at once[/]")
     return table

@@ -12,6 +12,7 @@ from mlxq.tensors import TensorSpec
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from mlxq.sources.quantization import Quantization
     from mlxq.sources.remote import HubModel
 
 
@@ -61,6 +62,14 @@ class ModelSource(Protocol):
     @property
     def stored_bytes(self) -> int:
         """Bytes the weights take as stored."""
+
+    @property
+    def stored_types(self) -> Mapping[str, tuple[str, int]]:
+        """Each tensor's type as the file has it (a dtype, or a GGML type), and its bytes there."""
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the model is quantized already, as its files say; None where it is not."""
 
     @property
     def sidecars(self) -> Mapping[str, Path | bytes]:

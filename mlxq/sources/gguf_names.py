@@ -1,18 +1,21 @@
-"""GGUF's names and metadata in Hugging Face terms, one ``Family`` per architecture.
+"""GGUF's names and metadata in Hugging Face terms, one ``Layout`` per architecture.
 
 What llama.cpp's ``convert_hf_to_gguf.py`` does to each architecture is undone here: names, the row order of
-llama's query and key projections, the one added to Gemma's norms, and the keys of ``config.json``.
+llama's query and key projections, the one added to Gemma's norms, and the keys of ``config.json``. What is known of
+the families themselves is in ``mlxq.families``.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from mlxq.errors import BadInputError
+from mlxq.families import family_named
 from mlxq.sources.gguf_header import GGUFHeader
 from mlxq.sources.gguf_tokenizer import end_token_ids
 
@@ -51,12 +54,12 @@ ROPE_FREQUENCIES = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)
-class Family:
-    """One architecture. ``layer`` maps ``blk.N.<key>`` to ``model.layers.N.<value>``.
+class Layout:
+    """How GGUF files lay out one architecture. ``layer`` maps ``blk.N.<key>`` to ``model.layers.N.<value>``.
 
     ``permuted``: rows of q_proj and k_proj are stored interleaved. ``shifted_norms``: norms are stored plus one.
-    ``head``: the model can have an output head of its own. ``rope_scalings``: the kinds mlx-lm computes.
-    ``settings``: entries of config.json that are the same for every model of the family.
+    ``rope_scalings``: the kinds mlx-lm computes. ``settings``: entries of config.json that are the same for every
+    model of the family; ``entries`` are functions that read further ones from a file.
     """
 
     model_type: str
@@ -64,85 +67,50 @@ class Family:
     layer: dict[str, str]
     permuted: bool = False
     shifted_norms: bool = False
-    head: bool = True
     rope_scalings: frozenset[str] = frozenset()
     settings: dict[str, Any] = field(default_factory=dict)
+    entries: tuple[Callable[[_Metadata], dict[str, Any]], ...] = ()
 
-
-_GELU = {"hidden_activation": "gelu_pytorch_tanh"}
-_SILU = {"hidden_act": "silu"}
-
-FAMILIES: dict[str, Family] = {
-    "llama": Family("llama", "LlamaForCausalLM", _DENSE, permuted=True, rope_scalings=_ROPE_SCALINGS, settings=_SILU),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", _DENSE, rope_scalings=_ROPE_SCALINGS, settings=_SILU),
-    "qwen3": Family("qwen3", "Qwen3ForCausalLM", _DENSE | _QK_NORMS, rope_scalings=_ROPE_SCALINGS, settings=_SILU),
-    "qwen2moe": Family(
-        "qwen2_moe",
-        "Qwen2MoeForCausalLM",
-        _ATTENTION | _TWO_NORMS | _EXPERTS | _SHARED_EXPERT,
-        settings=_SILU | {"norm_topk_prob": False},
-    ),
-    # llama.cpp always normalizes the chosen experts' weights here, and no file says otherwise.
-    "qwen3moe": Family(
-        "qwen3_moe",
-        "Qwen3MoeForCausalLM",
-        _ATTENTION | _TWO_NORMS | _QK_NORMS | _EXPERTS,
-        settings=_SILU | {"norm_topk_prob": True},
-    ),
-    "gemma": Family("gemma", "GemmaForCausalLM", _DENSE, shifted_norms=True, head=False, settings=_GELU),
-    "gemma2": Family(
-        "gemma2", "Gemma2ForCausalLM", _ATTENTION | _FOUR_NORMS | _MLP, shifted_norms=True, head=False, settings=_GELU
-    ),
-    "gemma3": Family(
-        "gemma3_text",
-        "Gemma3ForCausalLM",
-        _ATTENTION | _FOUR_NORMS | _QK_NORMS | _MLP,
-        shifted_norms=True,
-        rope_scalings=frozenset({"linear"}),
-        settings=_GELU,
-    ),
-}
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _OUTSIDE = {"token_embd.weight": "model.embed_tokens.weight", "output_norm.weight": "model.norm.weight"}
 
 
-def family_of(header: GGUFHeader) -> Family:
-    """The family of a file, or BadInputError naming its architecture and the supported ones."""
+def layout_of(header: GGUFHeader) -> Layout:
+    """The layout of a file, or BadInputError naming its architecture and the supported ones."""
     architecture = header.metadata.get("general.architecture")
-    if architecture not in FAMILIES:
+    if architecture not in LAYOUTS:
         raise BadInputError(
             f"{header.path} has architecture {architecture!r}, which can't be rebuilt from GGUF",
-            f"Supported: {', '.join(FAMILIES)}. For others, quantize the original model from the Hub.",
+            f"Supported: {', '.join(LAYOUTS)}. For others, quantize the original model from the Hub.",
         )
-    return FAMILIES[architecture]
+    return LAYOUTS[architecture]
 
 
-def checkpoint_name(header: GGUFHeader, family: Family, name: str) -> str:
+def checkpoint_name(header: GGUFHeader, layout: Layout, name: str) -> str:
     """The Hugging Face name of a stored tensor; BadInputError where the family has no such tensor."""
     if name in _OUTSIDE:
         return _OUTSIDE[name]
-    if name == "output.weight" and family.head:
+    if name == "output.weight" and family_named(layout.model_type).own_head:
         return "lm_head.weight"
     found = _BLOCK.fullmatch(name)
-    if found and found[2] in family.layer:
-        return f"model.layers.{int(found[1])}.{family.layer[found[2]]}.{found[3]}"
+    if found and found[2] in layout.layer:
+        return f"model.layers.{int(found[1])}.{layout.layer[found[2]]}.{found[3]}"
     raise BadInputError(
-        f"{header.path} holds tensor {name!r}, which no {family.model_type} model of mlx-lm has",
+        f"{header.path} holds tensor {name!r}, which no {layout.model_type} model of mlx-lm has",
         "Quantize the original model from the Hub instead.",
     )
 
 
-def config_of(header: GGUFHeader, family: Family, rope_frequencies: Sequence[float] | None) -> dict[str, Any]:
+def config_of(header: GGUFHeader, layout: Layout, rope_frequencies: Sequence[float] | None) -> dict[str, Any]:
     """``config.json`` from metadata and tensor shapes.
 
     ``rope_frequencies`` are the values of ``rope_freqs.weight``, by which llama3 divides each rope frequency.
     Raises BadInputError where a key that the model needs is missing, or says what mlx-lm does not compute.
     """
     meta = _Metadata(header)
-    heads = meta.whole("attention.head_count")
+    heads, head_dim = _heads(meta), _head_dim(meta)
     hidden = meta.whole("embedding_length")
-    head_dim = meta.whole("attention.key_length", hidden // max(heads, 1))
     meta.refuse_unless("attention.value_length", head_dim, "the width of its keys")
     meta.refuse_unless("rope.dimension_count", head_dim, "the width of its heads")
     embedding = header.tensors.get("token_embd.weight")
@@ -150,8 +118,8 @@ def config_of(header: GGUFHeader, family: Family, rope_frequencies: Sequence[flo
         raise BadInputError(f"{header.path} has no token embedding", "Name the file with the language model's weights.")
     ends = end_token_ids(header.metadata)
     config = {
-        "architectures": [family.class_name],
-        "model_type": family.model_type,
+        "architectures": [layout.class_name],
+        "model_type": layout.model_type,
         "hidden_size": hidden,
         "num_hidden_layers": meta.whole("block_count"),
         "num_attention_heads": heads,
@@ -167,11 +135,11 @@ def config_of(header: GGUFHeader, family: Family, rope_frequencies: Sequence[flo
         "pad_token_id": header.metadata.get("tokenizer.ggml.padding_token_id"),
         # Quantized blocks do not say what they were made from; the models of these families are published in bf16.
         "torch_dtype": "float16" if any(t.ggml_type == "F16" for t in header.tensors.values()) else "bfloat16",
-        **family.settings,
+        **layout.settings,
         **_width_of_mlp(meta),
-        **_of_family(meta, header, family, hidden, heads, head_dim),
+        **{key: value for read in layout.entries for key, value in read(meta).items()},
     }
-    scaling = _rope_scaling(meta, family, config, rope_frequencies)
+    scaling = _rope_scaling(meta, layout, config, rope_frequencies)
     return {key: value for key, value in config.items() if value is not None} | scaling
 
 
@@ -238,63 +206,63 @@ def _width_of_mlp(meta: _Metadata) -> dict[str, Any]:
     return {"intermediate_size": meta.whole("feed_forward_length", experts.shape[-2])}
 
 
-def _of_family(
-    meta: _Metadata, header: GGUFHeader, family: Family, hidden: int, heads: int, head_dim: int
-) -> dict[str, Any]:
-    """Entries that only some families have."""
-    if family.model_type == "llama":
-        return {
-            "attention_bias": "blk.0.attn_q.bias" in header.tensors,
-            "mlp_bias": "blk.0.ffn_up.bias" in header.tensors,
-        }
-    if family.model_type in ("qwen2_moe", "qwen3_moe"):
-        return _experts(meta, header, family)
-    if family.model_type in ("gemma2", "gemma3_text"):
-        return _late_gemma(meta, family, hidden, heads, head_dim)
-    return {}
+def _head_dim(meta: _Metadata) -> int:
+    return meta.whole("attention.key_length", meta.whole("embedding_length") // max(_heads(meta), 1))
 
 
-def _experts(meta: _Metadata, header: GGUFHeader, family: Family) -> dict[str, Any]:
-    experts = header.tensors.get("blk.0.ffn_up_exps.weight")
+def _heads(meta: _Metadata) -> int:
+    return meta.whole("attention.head_count")
+
+
+def _biases(meta: _Metadata) -> dict[str, Any]:
+    tensors = meta.header.tensors
+    return {"attention_bias": "blk.0.attn_q.bias" in tensors, "mlp_bias": "blk.0.ffn_up.bias" in tensors}
+
+
+def _experts(meta: _Metadata) -> dict[str, Any]:
+    experts = meta.header.tensors.get("blk.0.ffn_up_exps.weight")
     if experts is None or len(experts.shape) != 3:
         raise meta.bad("it has no stacked experts (blk.0.ffn_up_exps.weight)")
-    config = {
+    return {
         "num_experts": meta.whole("expert_count"),
         "num_experts_per_tok": meta.whole("expert_used_count"),
         "moe_intermediate_size": meta.whole("expert_feed_forward_length", experts.shape[1]),
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }
-    if family.model_type == "qwen2_moe":
-        shared = header.tensors.get("blk.0.ffn_up_shexp.weight")
-        if shared is None:
-            raise meta.bad("it has no shared expert (blk.0.ffn_up_shexp.weight)")
-        config["shared_expert_intermediate_size"] = shared.shape[0]
-    return config
 
 
-def _late_gemma(meta: _Metadata, family: Family, hidden: int, heads: int, head_dim: int) -> dict[str, Any]:
-    # No key holds the query scale; llama.cpp too knows the 27B models by their number of layers.
-    largest = {"gemma2": 46, "gemma3_text": 62}[family.model_type]
-    layers = meta.whole("block_count")
-    config: dict[str, Any] = {"query_pre_attn_scalar": hidden // heads if layers == largest else head_dim}
-    if family.model_type == "gemma2":
-        return config | {
-            "attn_logit_softcapping": meta.number("attn_logit_softcapping", 50.0),
-            "final_logit_softcapping": meta.number("final_logit_softcapping", 30.0),
-            "sliding_window": meta.whole("attention.sliding_window", 4096),
-        }
-    # Every Gemma 3 has five sliding layers to one full.
-    return config | {
+def _shared_expert(meta: _Metadata) -> dict[str, Any]:
+    shared = meta.header.tensors.get("blk.0.ffn_up_shexp.weight")
+    if shared is None:
+        raise meta.bad("it has no shared expert (blk.0.ffn_up_shexp.weight)")
+    return {"shared_expert_intermediate_size": shared.shape[0]}
+
+
+def _query_scale(meta: _Metadata, largest: int) -> dict[str, Any]:
+    """No key holds the query scale; llama.cpp too knows the 27B models by their number of layers, ``largest``."""
+    is_largest = meta.whole("block_count") == largest
+    return {"query_pre_attn_scalar": meta.whole("embedding_length") // _heads(meta) if is_largest else _head_dim(meta)}
+
+
+def _softcaps(meta: _Metadata) -> dict[str, Any]:
+    return {
+        "attn_logit_softcapping": meta.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": meta.number("final_logit_softcapping", 30.0),
+        "sliding_window": meta.whole("attention.sliding_window", 4096),
+    }
+
+
+def _two_ropes(meta: _Metadata) -> dict[str, Any]:
+    return {
         "sliding_window": meta.whole("attention.sliding_window", 1024),
-        "sliding_window_pattern": 6,
         "rope_theta": meta.number("rope.freq_base", 1_000_000.0),
         "rope_local_base_freq": meta.number("rope.freq_base_swa", 10_000.0),
     }
 
 
 def _rope_scaling(
-    meta: _Metadata, family: Family, config: dict[str, Any], frequencies: Sequence[float] | None
+    meta: _Metadata, layout: Layout, config: dict[str, Any], frequencies: Sequence[float] | None
 ) -> dict[str, Any]:
     """``{"rope_scaling": ...}``, or {} where rope is not scaled."""
     kind = meta.text("rope.scaling.type") or "none"
@@ -316,8 +284,8 @@ def _rope_scaling(
         raise meta.bad(f"its rope scaling {kind!r} is not supported")
     if scaling is None:
         return {}
-    if scaling["rope_type"] not in family.rope_scalings:
-        raise meta.bad(f"mlx-lm's {family.model_type} has no {scaling['rope_type']} rope scaling")
+    if scaling["rope_type"] not in layout.rope_scalings:
+        raise meta.bad(f"mlx-lm's {layout.model_type} has no {scaling['rope_type']} rope scaling")
     return {"rope_scaling": scaling}
 
 
@@ -362,3 +330,54 @@ def llama3_factors(scaling: dict[str, Any], theta: float, head_dim: int) -> list
         share = min(max((turns - low) / (high - low), 0.0), 1.0)
         factors.append(1 / ((1 - share) / factor + share))
     return factors
+
+
+_GELU = {"hidden_activation": "gelu_pytorch_tanh"}
+_SILU = {"hidden_act": "silu"}
+
+LAYOUTS: dict[str, Layout] = {
+    "llama": Layout(
+        "llama",
+        "LlamaForCausalLM",
+        _DENSE,
+        permuted=True,
+        rope_scalings=_ROPE_SCALINGS,
+        settings=_SILU,
+        entries=(_biases,),
+    ),
+    "qwen2": Layout("qwen2", "Qwen2ForCausalLM", _DENSE, rope_scalings=_ROPE_SCALINGS, settings=_SILU),
+    "qwen3": Layout("qwen3", "Qwen3ForCausalLM", _DENSE | _QK_NORMS, rope_scalings=_ROPE_SCALINGS, settings=_SILU),
+    "qwen2moe": Layout(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        _ATTENTION | _TWO_NORMS | _EXPERTS | _SHARED_EXPERT,
+        settings=_SILU | {"norm_topk_prob": False},
+        entries=(_experts, _shared_expert),
+    ),
+    # llama.cpp always normalizes the chosen experts' weights here, and no file says otherwise.
+    "qwen3moe": Layout(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        _ATTENTION | _TWO_NORMS | _QK_NORMS | _EXPERTS,
+        settings=_SILU | {"norm_topk_prob": True},
+        entries=(_experts,),
+    ),
+    "gemma": Layout("gemma", "GemmaForCausalLM", _DENSE, shifted_norms=True, settings=_GELU),
+    "gemma2": Layout(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        _ATTENTION | _FOUR_NORMS | _MLP,
+        shifted_norms=True,
+        settings=_GELU,
+        entries=(partial(_query_scale, largest=46), _softcaps),
+    ),
+    "gemma3": Layout(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        _ATTENTION | _FOUR_NORMS | _QK_NORMS | _MLP,
+        shifted_norms=True,
+        rope_scalings=frozenset({"linear"}),
+        settings=_GELU | {"sliding_window_pattern": family_named("gemma3_text").global_every},
+        entries=(partial(_query_scale, largest=62), _two_ropes),
+    ),
+}

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxq.errors import BadInputError
+from mlxq.headers import read_json
 from mlxq.retry import Waiting
 from mlxq.sources.hub_errors import hub_api, not_cached
 from mlxq.sources.hub_files import Asking, cached_file, download_small, read_header
 from mlxq.sources.remote import HubModel, Reference, RemoteFile, Scratch
-from mlxq.sources.safetensors import SafetensorsFolder, open_folder, read_json
+from mlxq.sources.safetensors import SafetensorsFolder, open_folder
 
 if TYPE_CHECKING:
     from mlxq.sources.gguf import GGUFSource

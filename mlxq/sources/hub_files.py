@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlxq import __version__
+from mlxq.headers import MAX_HEADER_BYTES
 from mlxq.retry import Waiting, patiently, told
 from mlxq.sources.gguf_header import is_whole_header
 from mlxq.sources.hub_errors import explained
 from mlxq.sources.remote import Reference, RemoteFile
-from mlxq.sources.safetensors import MAX_HEADER_BYTES
 
 # A safetensors header takes about 110 bytes a tensor: this holds that of a usual shard in one request.
 _FIRST_BYTES = 16_384

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from mlxq.errors import BadInputError
-from mlxq.retry import Waiting
+from mlxq.retry import Waiting, told
 from mlxq.sources.base import ModelSource
 from mlxq.sources.safetensors import open_folder
+
+if TYPE_CHECKING:
+    from mlxq.sources.download import Downloading
+    from mlxq.sources.sample import Fetching
+
+    Event: TypeAlias = Waiting | Fetching | Downloading
 
 
 def resolve(
@@ -16,18 +23,18 @@ def resolve(
     *,
     tokenizer: bool = False,
     trusted: bool = False,
-    on_wait: Callable[[Waiting], None] = lambda _: None,
+    on_event: Callable[[Event], None] = lambda _: None,
 ) -> ModelSource:
     """Open ``model`` by its headers: nothing of the weights is fetched where it is on the Hub.
 
-    ``tokenizer`` has the tokenizer fetched there, ``trusted`` lets Python files that come with it run; ``on_wait`` is
-    told when the Hub lets one wait. Raises BadInputError where it is neither a folder, a ``.gguf`` file, ``sample`` nor
-    ``org/name[/file.gguf][@revision]``.
+    ``tokenizer`` has the tokenizer fetched there, ``trusted`` lets Python files that come with it run. ``sample`` is
+    fetched whole where the cache does not have it. ``on_event`` is told what is waited for and what is fetched. Raises
+    BadInputError where it is neither a folder, a ``.gguf`` file, ``sample`` nor ``org/name[/file.gguf][@revision]``.
     """
     if model == "sample":
-        from mlxq.sources.gguf import open_gguf, sample_path
+        from mlxq.sources import sample
 
-        return open_gguf(sample_path(), "sample")
+        return told(sample.open_sample(sample.SAMPLE, sample.sample_folder()), on_event)
     path = Path(model).expanduser()
     if path.is_dir():
         return open_folder(path, model, trusted=trusted)
@@ -44,8 +51,8 @@ def resolve(
     from mlxq.sources.remote import parse_reference
 
     if (reference := parse_reference(model)) is not None:
-        return open_hub(model, reference, tokenizer=tokenizer, trusted=trusted, on_wait=on_wait)
+        return open_hub(model, reference, tokenizer=tokenizer, trusted=trusted, on_wait=on_event)
     raise BadInputError(
         f"no model at {model!r}",
-        "Name a folder, a .gguf file, a Hub id such as org/name, or 'sample' for the installed sample model.",
+        "Name a folder, a .gguf file, a Hub id such as org/name, or 'sample' for a small model to try things on.",
     )

@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
-import struct
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError
-from mlxq.tensors import DTYPE_BITS, TensorSpec
+from mlxq.headers import StoredTensor, read_file_header, read_json
+from mlxq.sources.quantization import Quantization, believed, stated_quantization
+from mlxq.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from mlxq.sources.remote import HubModel, Scratch
-
-# A header larger than this is refused by the reference implementation too.
-MAX_HEADER_BYTES = 100_000_000
-# What numpy holds, and no size or offset is larger on any machine.
-MAX_DIMENSIONS = 64
-MAX_SIZE = (1 << 63) - 1
 
 # Files that are weights or belong to other runtimes; everything else beside config.json travels along.
 _NOT_SIDECARS = (
@@ -48,95 +40,6 @@ _NOT_SIDECAR_NAMES = {
     "hf_quant_config.json",
     "recipe.yaml",
 }
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor and where its bytes are: ``offset`` counts from the start of ``file``."""
-
-    spec: TensorSpec
-    file: Path
-    offset: int
-
-
-def parse_header(raw: bytes, file_bytes: int, where: str) -> dict[str, tuple[TensorSpec, int]]:
-    """Read a safetensors header, trusting nothing in it.
-
-    ``raw`` starts with the 8-byte length and holds at least the whole header; ``file_bytes`` is the size of the
-    whole file. Returns name -> (spec, absolute offset). Raises BadInputError where the header does not describe
-    the file exactly: unknown dtype, a name twice, overlap, hole, or data past the end (safetensors format
-    specification).
-    """
-
-    def bad(reason: str) -> BadInputError:
-        return BadInputError(f"{where} is not a valid safetensors file: {reason}", "Download the file again.")
-
-    if len(raw) < 8:
-        raise bad("it is shorter than its own header length")
-    (header_bytes,) = struct.unpack("<Q", raw[:8])
-    if header_bytes > MAX_HEADER_BYTES or 8 + header_bytes > file_bytes:
-        raise bad(f"it says its header has {header_bytes:,} bytes, and the file has {file_bytes:,}")
-    try:
-        header = json.loads(raw[8 : 8 + header_bytes], object_pairs_hook=_distinct)
-    except _Twice as exc:
-        raise bad(f"its header has {exc} twice") from exc
-    except (ValueError, RecursionError) as exc:
-        raise bad("its header is not JSON") from exc
-    if not isinstance(header, dict):
-        raise bad("its header is not a JSON object")
-    found: dict[str, tuple[TensorSpec, int]] = {}
-    spans: list[tuple[int, int, str]] = []
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        try:
-            name.encode()
-            dtype, shape, (start, end) = str(entry["dtype"]), tuple(entry["shape"]), entry["data_offsets"]
-        except (KeyError, TypeError, ValueError) as exc:
-            raise bad(f"the entry of {name!r} is malformed") from exc
-        if len(shape) > MAX_DIMENSIONS or not all(type(n) is int and 0 <= n <= MAX_SIZE for n in (*shape, start, end)):
-            raise bad(f"the entry of {name!r} is malformed")
-        if dtype not in DTYPE_BITS:
-            raise bad(f"{name!r} has an unknown dtype {dtype!r}")
-        spec = TensorSpec(name, dtype, shape)
-        if end - start != spec.nbytes:
-            raise bad(f"{name!r} has {end - start:,} bytes where its shape needs {spec.nbytes:,}")
-        spans.append((start, end, name))
-        found[name] = (spec, 8 + header_bytes + start)
-    spans.sort()
-    for (_, end, one), (start, _, other) in pairwise([(0, 0, ""), *spans]):
-        if start < end:
-            raise bad(f"{one!r} and {other!r} overlap")
-        if start > end:
-            raise bad(f"nothing accounts for the {start - end:,} bytes before {other!r}")
-    rest = file_bytes - 8 - header_bytes - (spans[-1][1] if spans else 0)
-    if rest < 0:
-        raise bad(f"it is cut short by {-rest:,} bytes")
-    if rest > 0:
-        raise bad(f"nothing accounts for its last {rest:,} bytes")
-    return found
-
-
-class _Twice(ValueError):
-    """A key that a JSON object has twice."""
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _Twice(next(repr(name) for name, count in Counter(name for name, _ in pairs).items() if count > 1))
-    return found
-
-
-def read_file_header(file: Path) -> Iterator[StoredTensor]:
-    """Yield the tensors of one file, from its header alone."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        head = stream.read(8)
-        length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-        raw = head + stream.read(min(length, MAX_HEADER_BYTES, size))
-    for spec, offset in parse_header(raw, size, str(file)).values():
-        yield StoredTensor(spec, file, offset)
 
 
 def pread_exactly(descriptor: int, nbytes: int, offset: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -211,6 +114,16 @@ class SafetensorsFolder:
         return sum(tensor.spec.nbytes for tensor in self.stored.values())
 
     @property
+    def stored_types(self) -> dict[str, tuple[str, int]]:
+        """Each tensor's dtype and bytes."""
+        return {name: (tensor.spec.dtype, tensor.spec.nbytes) for name, tensor in self.stored.items()}
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the folder says that it is quantized, or None."""
+        return stated_quantization(self.config, self.folder)
+
+    @property
     def sidecars(self) -> dict[str, Path | bytes]:
         """Top-level files that are neither weights, config nor documentation assets."""
         return {
@@ -246,21 +159,6 @@ class SafetensorsFolder:
     def read_repacked(self, name: str, start: int, stop: int) -> dict[str, npt.NDArray[Any]]:
         """Never called: ``repack_format`` is None for every tensor."""
         raise AssertionError(f"{name} has no blocks to repack")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON object, or raise BadInputError naming the file and line."""
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as exc:
-        raise BadInputError(f"{file} is not UTF-8 text") from exc
-    except json.JSONDecodeError as exc:
-        raise BadInputError(f"{file}:{exc.lineno}: not valid JSON: {exc.msg}") from exc
-    except (ValueError, RecursionError) as exc:
-        raise BadInputError(f"{file}: its JSON is nested too deeply, or holds a number too long") from exc
-    if not isinstance(data, dict):
-        raise BadInputError(f"{file} holds {type(data).__name__}, not a JSON object")
-    return data
 
 
 def open_folder(folder: Path, name: str, *, trusted: bool = False) -> SafetensorsFolder:
@@ -306,4 +204,4 @@ def open_folder(folder: Path, name: str, *, trusted: bool = False) -> Safetensor
             stored[tensor.spec.name] = tensor
     if not stored:
         raise BadInputError(f"{folder} holds no tensors")
-    return SafetensorsFolder(name, folder, config, stored, trusted=trusted)
+    return SafetensorsFolder(name, folder, believed(config, stored), stored, trusted=trusted)

@@ -17,12 +17,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mlxq.architecture.bind import open_lazily
-from mlxq.arrays import as_bytes, as_matrix, to_mlx
+from mlxq import upstream
+from mlxq.architecture.opening import open_lazily
+from mlxq.arrays import all_finite, as_bytes, as_matrix, to_mlx
 from mlxq.calibration.guided import guided_weights
 from mlxq.errors import MlxqError
-from mlxq.methods.encode import Guide, encode
-from mlxq.methods.gptq import Feedback
+from mlxq.methods.formats import Format
+from mlxq.methods.method import Guide
+from mlxq.methods.registry import named
 from mlxq.planning.plan import Plan, Step
 from mlxq.tensors import DTYPE_BITS, FLOAT_DTYPES, TensorSpec
 from mlxq.writing.folder import PartialFolder
@@ -41,7 +43,7 @@ IDLE_S = 0.05
 
 @dataclass(frozen=True)
 class Held:
-    """A step's arrays in memory, each as a matrix of rows: a weight, and scales and biases where it is quantized.
+    """A step's arrays in memory, each as a matrix of rows: a weight, and what lies beside it where it is quantized.
 
     ``dtypes`` are the arrays' own (numpy has no BF16); ``stored`` says how to read a quantized weight; ``guide`` is
     what calibration says of it.
@@ -49,7 +51,7 @@ class Held:
 
     rows: Mapping[str, npt.NDArray[Any]]
     dtypes: Mapping[str, str]
-    stored: Mapping[str, Any] | None
+    stored: Format | None
     guide: Guide | None
 
 
@@ -85,9 +87,9 @@ def blocks_of(step: Step) -> list[Block]:
     """Cut a step into blocks of whole rows of at most ``BLOCK_BYTES`` as numbers."""
     rows = max(step.spec.rows, 1)
     per_block = max(1, BLOCK_BYTES // max(1, step.spec.nbytes // rows))
-    if step.guided:
-        # A share of error feedback's work is the same for any count of rows: blocks of few long rows would waste it.
-        per_block = max(per_block, step.spec.shape[-1] // 2)
+    if step.format is not None:
+        method = named(step.method, step.format)
+        per_block = max(per_block, method.least_rows(step.spec.shape[-1])) if method.rows_independent else rows
     # Each expert of a stack has a guide, and where it is stored quantized a scale, of its own.
     whole = step.spec.shape[-2] if step.guided or step.dequantize else rows
     return [
@@ -105,9 +107,10 @@ def execute(
     Raises MlxqError where a source cannot be read or the disk is full; finished steps stay in the journal.
     """
     import mlx.core as mx
-    import mlx_lm.utils  # noqa: F401  (imported once here: threads must not race to import it)
 
     assert plan.source.remote is None, "the weights are still on the Hub"
+    # Imports mlx_lm, once and here: threads must not race to import it.
+    upstream.default_classes()
     todo = [step for step in steps or plan.steps if step.path not in folder.done]
     total = plan.weight_bytes
     written = sum(spec.nbytes for step in plan.steps if step.path in folder.done for spec in step.outputs)
@@ -191,10 +194,8 @@ class _Work:
                 yield step, assembler.take(step)
         if self.guided:
             steps = {step.path: step for step in self.guided}
-            formats = {path: step.format for path, step in steps.items() if step.format}
-            for path, weight, guide in guided_weights(
-                self.plan, formats, {s.path: s.method for s in self.guided}, trust_remote_code=self.trust_remote_code
-            ):
+            encoders = {s.path: (named(s.method, s.format), s.format) for s in self.guided if s.format}
+            for path, weight, guide in guided_weights(self.plan, encoders, trust_remote_code=self.trust_remote_code):
                 if not self._room():
                     return
                 yield steps[path], Held({"weight": as_matrix(weight)}, {"weight": "F32"}, None, guide)
@@ -261,8 +262,8 @@ class _Work:
         rows = rows.astype(getattr(mx, FLOAT_DTYPES[step.spec.dtype])) if step.spec.dtype in FLOAT_DTYPES else rows
         if step.format is None:
             return self._put(step.spec, as_bytes(rows), start)
-        parts = encode(rows, step.format, step.method, guide).arrays()
-        finite = mx.isfinite(rows).all()
+        parts = named(step.method, step.format).encode(rows, step.format, guide or Guide()).arrays()
+        finite = all_finite(rows)
         mx.eval(parts, finite)
         if not finite.item():
             # Most encoders make ordinary numbers of them, and the damage would not show.
@@ -292,20 +293,15 @@ class _Assembler:
         wanted = {step.path: step for step in steps}
         leaves = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
         self.arrays: dict[str, dict[str, mx.array]] = {}
-        self.stored: dict[str, dict[str, Any]] = {}
+        self.stored: dict[str, Format] = {}
         for path, array in tree_flatten(model.parameters()):
             if path not in wanted:
                 continue
             self.arrays[path] = {"weight": array}
-            if wanted[path].dequantize:
-                leaf = leaves[path.rpartition(".")[0]]
-                parts = ("scales", "biases", "global_scale")
-                self.arrays[path] |= {name: leaf[name] for name in parts if leaf.get(name) is not None}
-                self.stored[path] = {
-                    "group_size": leaf.group_size,
-                    "bits": leaf.bits,
-                    "mode": getattr(leaf, "mode", "affine"),
-                }
+            leaf = leaves[path.rpartition(".")[0]] if wanted[path].dequantize else None
+            if leaf is not None and (fmt := Format.of_module(leaf)):
+                self.arrays[path] = fmt.stored_parts(leaf)
+                self.stored[path] = fmt
 
     def take(self, step: Step) -> Held:
         """Evaluate a parameter and hand it over."""
@@ -323,30 +319,24 @@ def _guide_of(block: Block) -> Guide | None:
     guide = block.held.guide if block.held else None
     if guide is None or len(block.step.spec.shape) < 3:
         return guide
-    expert = block.start // block.step.spec.shape[-2]
-    return Guide(
-        None if guide.importance is None else guide.importance[expert],
-        None if guide.ahead is None else Feedback(guide.ahead.order[expert], guide.ahead.factor[expert]),
-    )
+    return guide.of_expert(block.start // block.step.spec.shape[-2])
 
 
 def _held_rows(held: Held, block: Block) -> mx.array:
     """A block's rows as numbers, in the step's dtype where they are stored quantized."""
     import mlx.core as mx
 
-    parts: dict[str, Any] = {
-        name: to_mlx(array[block.start : block.stop], held.dtypes[name])
-        for name, array in held.rows.items()
-        if name != "global_scale"
-    }
-    if (scale := held.rows.get("global_scale")) is not None:
-        expert = block.start // block.step.spec.shape[-2] if scale.size > 1 else 0
-        parts["global_scale"] = to_mlx(scale.reshape(-1)[expert], held.dtypes["global_scale"])
     if held.stored is None:
-        weight: mx.array = parts["weight"]
-        return weight
-    dtype = getattr(mx, FLOAT_DTYPES[block.step.spec.dtype])
-    return mx.dequantize(parts.pop("weight"), **parts, **held.stored, dtype=dtype)
+        return to_mlx(held.rows["weight"][block.start : block.stop], held.dtypes["weight"])
+    parts = {}
+    for name, array in held.rows.items():
+        if name == held.stored.kind.tensor_scale:
+            # One number for the tensor, or one for each expert of a stack.
+            expert = block.start // block.step.spec.shape[-2] if array.size > 1 else 0
+            parts[name] = to_mlx(array.reshape(-1)[expert], held.dtypes[name])
+        else:
+            parts[name] = to_mlx(array[block.start : block.stop], held.dtypes[name])
+    return held.stored.dequantize(parts, getattr(mx, FLOAT_DTYPES[block.step.spec.dtype]))
 
 
 def _explained(exc: BaseException) -> BaseException:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -20,7 +19,9 @@ from types import TracebackType
 from typing import Any
 
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.planning.plan import Plan, config_text
+from mlxq.planning.layout import config_text
+from mlxq.planning.plan import Plan
+from mlxq.writing.trailing import Trailing
 
 JOURNAL = "journal.jsonl"
 
@@ -76,6 +77,7 @@ class PartialFolder:
             self.close()
             raise
         self._journal = (self.folder / JOURNAL).open("a", encoding="utf-8")
+        self._trailing = Trailing(self.plan, self._descriptors, self.done, self._sync)
 
     def __enter__(self) -> PartialFolder:
         return self
@@ -136,10 +138,27 @@ class PartialFolder:
             raise _explained(exc, self.folder) from exc
 
     def finished(self, path: str) -> None:
-        """Note in the journal that every byte of a step is written."""
+        """Note in the journal that every byte of a step is written. Raises MlxqError where the disk lost some."""
         self._journal.write(json.dumps({"step": path}) + "\n")
         self._journal.flush()
         self.done.add(path)
+        self._trailing.finished(path)
+
+    def shard_sha256(self) -> dict[str, str]:
+        """SHA-256 of each shard as read back from its file, by name, once every step is finished."""
+        return self._trailing.sha256()
+
+    def _sync(self, file: str) -> None:
+        """Bring what is written of a shard to the disk."""
+        try:
+            os.fsync(self._descriptors[file])
+        except OSError as exc:
+            # The system says so once, and not what is lost: nothing that the journal holds can be relied on.
+            (self.folder / JOURNAL).unlink(missing_ok=True)
+            raise MlxqError(
+                f"the disk did not take what was written to {self.folder / file}: {exc.strerror}",
+                "See that it has room and works; the same command then starts afresh.",
+            ) from exc
 
     def write_sidecars(self) -> None:
         """Write config, index and byte copies of the source's tokenizer and other companions."""
@@ -159,8 +178,8 @@ class PartialFolder:
 
     def publish(self) -> None:
         """Flush to disk and rename to ``out``; an older ``out`` is removed only after the new one stands."""
-        for descriptor in self._descriptors.values():
-            os.fsync(descriptor)
+        for file in self._descriptors:
+            self._sync(file)
         self.close()
         for name in (JOURNAL, "lock"):
             (self.folder / name).unlink()
@@ -177,6 +196,8 @@ class PartialFolder:
 
     def close(self) -> None:
         """Let go of files and the lock; the folder stays as it is."""
+        if hasattr(self, "_trailing"):
+            self._trailing.stop()
         for descriptor in self._descriptors.values():
             with contextlib.suppress(OSError):
                 os.close(descriptor)
@@ -214,14 +235,3 @@ def _whole_lines(journal: Path) -> Iterator[Mapping[str, Any]]:
             yield json.loads(line)
         except json.JSONDecodeError:
             return
-
-
-def sha256_file(file: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with file.open("rb") as stream:
-        if hasattr(hashlib, "file_digest"):
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-        digest = hashlib.sha256()
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-        return digest.hexdigest()

@@ -9,11 +9,12 @@ from __future__ import annotations
 import shutil
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from mlxq.architecture.bind import origins
+from mlxq.architecture.origins import origins
 from mlxq.errors import BadInputError
+from mlxq.methods.formats import HELPER_PARTS
 from mlxq.planning.plan import Plan, Step
 from mlxq.retry import Waiting
 from mlxq.sources.base import ModelSource
@@ -102,7 +103,7 @@ def execute_by_shards(
             here |= yield from coming.wait()
             coming = Transfer(remote, [following.shard], place) if following else None
             if stage.steps:
-                local = replace(plan, source=partly_opened(remote, plan.source.name, here))
+                local = plan.with_source(partly_opened(remote, plan.source.name, here))
                 yield from execute(local, folder, steps=stage.steps, trust_remote_code=trust_remote_code)
             for name in stage.dropped:
                 here.pop(name).unlink()
@@ -125,13 +126,13 @@ def _shards_needed(plan: Plan, *, trust_remote_code: bool) -> Iterator[tuple[Ste
     """Each step, and the weight files that hold what it is made from."""
     made_from: Mapping[str, frozenset[str]] = {}
     if any(step.source is None for step in plan.steps):
-        made_from = origins(plan.source, trust_remote_code=trust_remote_code)
+        made_from = origins(plan.source)
     for step in plan.steps:
         if step.source is not None:
             tensors = frozenset([step.source])
         else:
             module = step.path.rpartition(".")[0]
-            parts = (f"{module}.{part}" for part in ("scales", "biases", "global_scale")) if step.dequantize else ()
+            parts = (f"{module}.{part}" for part in HELPER_PARTS) if step.dequantize else ()
             tensors = frozenset().union(*(made_from.get(path, frozenset()) for path in (step.path, *parts)))
         yield step, frozenset(_file_of(plan.source, name) for name in tensors)
 

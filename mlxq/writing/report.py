@@ -6,17 +6,17 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mlxq import __version__
-from mlxq.architecture.bind import encode_header
 from mlxq.errors import BadInputError
+from mlxq.files import sha256_file
+from mlxq.headers import encode_header, read_json
 from mlxq.metrics.size import Size
 from mlxq.planning.plan import Decision, Plan
 from mlxq.sources.base import ModelSource
-from mlxq.sources.safetensors import read_json
-from mlxq.writing.folder import sha256_file
 
 FILE_NAME = "mlxq.json"
 SCHEMA_VERSION = 1
@@ -41,12 +41,14 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
     return {
         "source": source_facts(plan.source),
         "recipe": {"name": recipe.name, "text": recipe.text, "resolved": recipe.resolved()},
+        "uncalibrated": plan.uncalibrated,
         "weight_bytes": plan.weight_bytes,
         "file_bytes": plan.file_bytes,
         "files": {shard.file: shard.nbytes for shard in plan.shards},
         "parameter_count": plan.parameter_count,
         "bits_per_weight": plan.bits_per_weight,
         "modules": [_module(decision) for decision in plan.decisions],
+        "left_out": [asdict(part) for part in plan.architecture.left_out],
         "notes": list(plan.notes),
         "budget": plan.spending,
     }
@@ -58,7 +60,7 @@ def _module(decision: Decision) -> dict[str, Any]:
         "shape": list(decision.shape),
         "dtype": decision.dtype,
         "format": decision.format.as_config() if decision.format else None,
-        "decided_by": decision.by,
+        "decided_by": decision.decided_by,
         "also_matched": list(decision.also),
         "model_asks": decision.asked,
         "note": decision.note,
@@ -73,9 +75,9 @@ def build_report(
     options: Mapping[str, bool],
     timings: Mapping[str, float],
     peak_memory_bytes: int,
-    folder: Path,
+    files: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Everything ``mlxq.json`` holds, with a SHA-256 of every file of ``folder``. Timings are in seconds."""
+    """Everything ``mlxq.json`` holds. Timings are in seconds; ``files`` is what ``hash_files`` says of the folder."""
     facts = plan_facts(plan)
     return {
         "schema": "mlxq.report",
@@ -83,8 +85,10 @@ def build_report(
         "versions": versions(),
         "source": facts["source"],
         "recipe": facts["recipe"],
+        "uncalibrated": facts["uncalibrated"],
         "options": dict(options),
         "modules": facts["modules"],
+        "left_out": facts["left_out"],
         "notes": facts["notes"],
         "budget": facts["budget"],
         "metrics": {
@@ -96,18 +100,22 @@ def build_report(
             "peak_memory_bytes": peak_memory_bytes,
         },
         "timings_s": dict(timings),
-        "files": hash_files(folder),
+        "files": dict(files),
     }
 
 
-def hash_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a finished folder but ``mlxq.json`` itself and the work files."""
+def hash_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a finished folder but ``mlxq.json`` itself and the work files.
+
+    ``known``, by name, need not be hashed again.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
+    known = known or {}
     skipped = {FILE_NAME, FILE_NAME + ".new", "journal.jsonl", "lock"}
     files = sorted(f for f in folder.iterdir() if f.is_file() and f.name not in skipped)
     with ThreadPoolExecutor(2) as pool:
-        digests = pool.map(sha256_file, files)
+        digests = pool.map(lambda f: known.get(f.name) or sha256_file(f), files)
         return {f.name: {"bytes": f.stat().st_size, "sha256": d} for f, d in zip(files, digests, strict=True)}
 
 

@@ -36,14 +36,13 @@ def main() -> None:
     from mlxq.calibration.sensitivity import scores
     from mlxq.calibration.streamed import streamed_model
     from mlxq.calibration.tokens import calibration_text
-    from mlxq.methods.encode import encode
-    from mlxq.methods.encoded import decode
+    from mlxq.methods.affine_fit import affine_fit
     from mlxq.methods.formats import Format
     from mlxq.pipeline import Options, prepare
     from mlxq.recipe.load import budget_recipe
 
     def encoded(path: str, weight: mx.array, fmt: Format, *_: Any) -> mx.array:
-        return decode(encode(weight, fmt, "fit"), fmt)
+        return fmt.decode(affine_fit(weight, fmt).arrays())
 
     recipe = budget_recipe({"bpw": 4.5}, [f"calibration={{tokens: {arguments.tokens}}}"])
     draft = prepare(recipe, arguments.model, Options())

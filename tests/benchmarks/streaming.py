@@ -1,20 +1,22 @@
-"""Wall time and peak memory of mlxq against ``mlx_lm.convert -q`` on the shape of a real model, in one run.
+"""Wall time, CPU time and peak memory of mlxq against ``mlx_lm.convert -q`` on the shape of a real model, in one run.
 
-    python tests/benchmarks/streaming.py [--work FOLDER] [--trials 3]
+    python tests/benchmarks/streaming.py [--work FOLDER] [--trials 3] [--layers 28]
 
 Writes a checkpoint with the shape of Llama-3.2-3B (6.4 GB, random bf16 weights) under the work folder, then runs both
-programs in turn, several trials each, and prints the medians as a Markdown table. Needs 14 GB of disk.
+programs in turn, several trials each, and prints the CPU and the medians as a Markdown table. Needs 14 GB of disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import shutil
 import statistics
 import subprocess
 import sys
-import time
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ def make_checkpoint(folder: Path, config: dict[str, Any] = CONFIG) -> None:
     import numpy as np
 
     sys.path.insert(0, str(Path(__file__).parents[2]))
-    from mlxq.architecture.bind import encode_header
+    from mlxq.headers import encode_header
     from mlxq.tensors import TensorSpec
     from tests.checkpoints import make_tokenizer
 
@@ -90,19 +92,47 @@ try:
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 except SystemExit as exit:
     assert not exit.code, exit.code
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-print("MEASURED", time.perf_counter() - began, peak, file=sys.stderr)
+wall = time.perf_counter() - began
+used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+cpu = sum(each.ru_utime + each.ru_stime for each in used)
+from mlxq.machine.runtime import peak_rss_bytes
+print("MEASURED", wall, cpu, peak_rss_bytes(), file=sys.stderr)
 """
 
 
-def measure(arguments: list[str]) -> tuple[float, float]:
-    """Wall seconds and peak resident bytes of ``python -m ARGUMENTS``."""
+@dataclass(frozen=True)
+class Measured:
+    """One run: wall and CPU seconds (user and system, of all threads and children), peak resident bytes."""
+
+    wall_s: float
+    cpu_s: float
+    peak_bytes: float
+
+
+def measure(arguments: list[str]) -> Measured:
+    """Run ``python -m ARGUMENTS``; what it says is shown where it fails."""
     done = subprocess.run([sys.executable, "-c", MEASURE, *arguments], capture_output=True, text=True, check=False)
     line = next((x for x in done.stderr.splitlines() if x.startswith("MEASURED")), None)
     if line is None:
         raise SystemExit(done.stderr)
-    _, seconds, peak = line.split()
-    return float(seconds), float(peak)
+    return Measured(*map(float, line.split()[1:]))
+
+
+def processor() -> str:
+    """What the ratio depends on: the CPU's model, its widest vector instructions, and how many cores we may use."""
+    if sys.platform == "darwin":
+        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        model = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        return f"{model}, {os.cpu_count()} cores"
+    facts = [line.partition(":") for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()]
+    known = {key.strip(): value.strip() for key, _, value in reversed(facts)}
+    flags = known.get("flags", "").split()
+    vectors = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in flags), "")
+    logical = os.sched_getaffinity(0)
+    topology = [Path(f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") for n in logical]
+    cores = len({file.read_text(encoding="utf-8") for file in topology if file.is_file()}) or len(logical)
+    parts = (known.get("model name", platform.machine()), vectors, f"{len(logical)} threads on {cores} cores")
+    return ", ".join(part for part in parts if part)
 
 
 def main() -> None:
@@ -110,24 +140,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, default=Path("streaming-benchmark"))
     parser.add_argument("--trials", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="fewer make a smaller model")
     options = parser.parse_args()
-    model, out = options.work / "model", options.work / "out"
+    model, out = options.work / f"model-{options.layers}", options.work / "out"
     if not model.exists():
-        make_checkpoint(model)
-    programs = {
-        "mlxq quantize 4bit": [
-            "mlxq",
-            "quantize",
-            "4bit",
-            "--model",
-            str(model),
-            "-o",
-            str(out),
-            "--no-generate",
-        ],
-        "mlx_lm.convert -q": ["mlx_lm.convert", "--hf-path", str(model), "--mlx-path", str(out), "-q"],
-    }
-    seen: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
+        make_checkpoint(model, {**CONFIG, "num_hidden_layers": options.layers})
+    quantize = ["mlxq", "quantize", "4bit", "--model", str(model), "-o", str(out), "--no-generate"]
+    convert = ["mlx_lm.convert", "--hf-path", str(model), "--mlx-path", str(out), "-q"]
+    programs = {"mlxq quantize 4bit": quantize, "mlx_lm.convert -q": convert}
+    seen: dict[str, list[Measured]] = {name: [] for name in programs}
     for _ in range(options.trials):
         # Neither program is to pay for a cold disk that the other finds warm.
         for file in model.glob("*.safetensors"):
@@ -135,16 +156,27 @@ def main() -> None:
         for name, arguments in programs.items():
             shutil.rmtree(out, ignore_errors=True)
             shutil.rmtree(out.with_name("out.partial"), ignore_errors=True)
+            # Nor is one to wait while the system writes what the other left.
+            os.sync()
             seen[name].append(measure(arguments))
-            time.sleep(1)
-    print("| program | wall time, median (s) | all (s) | peak memory (GB) |\n|---|---|---|---|")
-    median = {n: (statistics.median(t for t, _ in r), statistics.median(p for _, p in r)) for n, r in seen.items()}
-    for name, runs in seen.items():
-        seconds, peak = median[name]
-        print(f"| `{name}` | {seconds:.1f} | {', '.join(f'{t:.1f}' for t, _ in runs)} | {peak / 1e9:.2f} |")
-    (t1, p1), (t2, p2) = median.values()
-    print(f"| ratio | {t1 / t2:.2f} | | {p1 / p2:.2f} |")
     shutil.rmtree(out, ignore_errors=True)
+    print(f"{processor()}\n")
+    print(
+        "| program | wall time, median (s) | all (s) | CPU time, median (s) | peak memory (GB) |\n|---|---|---|---|---|"
+    )
+    medians = {name: median_of(runs) for name, runs in seen.items()}
+    for name, one in medians.items():
+        walls = ", ".join(f"{run.wall_s:.1f}" for run in seen[name])
+        print(f"| `{name}` | {one.wall_s:.1f} | {walls} | {one.cpu_s:.1f} | {one.peak_bytes / 1e9:.2f} |")
+    ours, theirs = medians.values()
+    pairs = ", ".join(f"{a.wall_s / b.wall_s:.2f}" for a, b in zip(*seen.values(), strict=True))
+    wall, cpu = ours.wall_s / theirs.wall_s, ours.cpu_s / theirs.cpu_s
+    print(f"| ratio | {wall:.2f} | {pairs} | {cpu:.2f} | {ours.peak_bytes / theirs.peak_bytes:.2f} |")
+
+
+def median_of(runs: list[Measured]) -> Measured:
+    """The median of each figure."""
+    return Measured(*(statistics.median(column) for column in zip(*map(astuple, runs), strict=True)))
 
 
 if __name__ == "__main__":

@@ -1,24 +1,22 @@
-"""Speed and memory of a model folder as ``mlx_lm`` runs it, each model timed in a process of its own.
-
-``python -m mlxq.metrics.speed`` is that process; it reads a request and writes a result, both JSON.
-"""
+"""Speed and memory of a model folder as ``mlx_lm`` runs it, each model timed in a process of its own."""
 
 from __future__ import annotations
 
-import json
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxq.errors import MlxqError
+from mlxq import upstream
+from mlxq.machine.child import Limits, run_child
+from mlxq.running.opened import Opened, child_limits, open_folder, prompt_tokens, speak
 
-# The child's stdout belongs to whatever it imports; its result follows this mark.
-_MARK = "mlxq-speed-result:"
+# The most that timing a model may take before it is given up: for loading, warming up and the first trial, and for
+# each answer. Meant for what hangs; the largest models that a machine holds load and answer well within them.
+_FIRST_TRIAL_S = 600.0
+_ANSWER_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -85,52 +83,54 @@ class Speed:
 
 
 def measure_speed(
-    folder: Path, settings: SpeedSettings, prompts: Sequence[Any] = (), *, answer_tokens: int = 128
+    folder: Path,
+    settings: SpeedSettings,
+    prompts: Sequence[Any] = (),
+    *,
+    answer_tokens: int = 128,
+    limits: Limits | None = None,
 ) -> Speed:
     """Time ``folder`` in a new process. ``prompts`` are strings or lists of chat messages, answered greedily.
 
-    Raises MlxqError with the child's last line where it fails.
+    Raises ChildError where the model or its tokenizer fails, or passes ``limits``.
     """
+    if limits is None:
+        limits = child_limits(folder, _FIRST_TRIAL_S + settings.budget_s + _ANSWER_S * len(prompts))
     request = {
         "folder": str(folder),
         "settings": asdict(settings),
         "prompts": list(prompts),
         "answer_tokens": answer_tokens,
     }
-    child = subprocess.run(
-        [sys.executable, "-m", "mlxq.metrics.speed"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    _, mark, result = child.stdout.rpartition(_MARK)
-    if child.returncode or not mark:
-        last = (child.stderr.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
-        raise MlxqError(f"timing {folder} failed: {last}", "--no-speed leaves the timing out.")
-    found = json.loads(result)
+    found = run_child(time_model, request, limits)
     found["settings"] = SpeedSettings(**found["settings"])
     found["answers"] = tuple(Answer(**answer) for answer in found["answers"])
     return Speed(**found)
 
 
-def _time_model(folder: Path, settings: SpeedSettings, prompts: Sequence[Any], answer_tokens: int) -> Speed:
-    """Load, warm up, time, and answer, in this process."""
+def time_model(request: dict[str, Any]) -> dict[str, Any]:
+    """The child's part of ``measure_speed``: load, warm up, time, and answer."""
     import mlx.core as mx
-    import mlx_lm
 
+    settings = SpeedSettings(**request["settings"])
+    upstream.preload()
     mx.reset_peak_memory()
     began = time.perf_counter()
-    model, tokenizer = mlx_lm.load(str(folder))
-    load_s = time.perf_counter() - began
+    opened = open_folder(Path(request["folder"]))
+    opening_s = time.perf_counter() - began
+    # A prompt that its template cannot lay out is found out before the weights are read.
+    asked = [(_last_words(prompt), prompt_tokens(opened, prompt)) for prompt in request["prompts"]]
+    began = time.perf_counter()
+    mx.eval(opened.model.parameters())
+    load_s = opening_s + time.perf_counter() - began
     load_peak = mx.get_peak_memory()
     # Token ids that any vocabulary has; the same for every model. Generation is not to stop at an end token.
     prompt = [1 + (7 * i) % 97 for i in range(settings.prompt_tokens)]
-    timings = _time_trials(model, prompt, settings)
+    timings = _time_trials(opened.model, prompt, settings)
     peak, active = mx.get_peak_memory(), mx.get_active_memory()
     prompt_tps = [settings.prompt_tokens / first for first, _ in timings]
     generation_tps = [settings.generation_tokens / rest for _, rest in timings]
-    return Speed(
+    speed = Speed(
         load_s=load_s,
         prompt_tps=statistics.median(prompt_tps),
         prompt_tps_spread=_spread(prompt_tps),
@@ -142,8 +142,9 @@ def _time_model(folder: Path, settings: SpeedSettings, prompts: Sequence[Any], a
         device=mx.default_device().type.name,
         settings=settings,
         trials=len(timings),
-        answers=tuple(_answer(model, tokenizer, prompt, answer_tokens) for prompt in prompts),
+        answers=tuple(_answer(opened, shown, tokens, request["answer_tokens"]) for shown, tokens in asked),
     )
+    return asdict(speed)
 
 
 def _time_trials(model: Any, prompt: list[int], settings: SpeedSettings) -> list[tuple[float, float]]:
@@ -166,11 +167,10 @@ def _time_trials(model: Any, prompt: list[int], settings: SpeedSettings) -> list
 def _time_once(model: Any, prompt: list[int], generation_tokens: int) -> tuple[float, float]:
     """Seconds to the first token, and from there over ``generation_tokens`` more."""
     import mlx.core as mx
-    from mlx_lm.generate import generate_step
 
     began = time.perf_counter()
     first = began
-    for number, _ in enumerate(generate_step(mx.array(prompt), model, max_tokens=generation_tokens + 1)):
+    for number, _ in enumerate(upstream.generate_step(model, mx.array(prompt), generation_tokens + 1)):
         if number == 0:
             first = time.perf_counter()
     return first - began, time.perf_counter() - first
@@ -183,37 +183,14 @@ def _spread(values: Sequence[float]) -> float:
     return (high - low) / 2
 
 
-def _answer(model: Any, tokenizer: Any, prompt: str | list[Mapping[str, str]], max_tokens: int) -> Answer:
-    """Answer greedily, in the chat template where the tokenizer has one."""
+def _last_words(prompt: str | Sequence[dict[str, str]]) -> str:
+    """What of a prompt is shown above its answers: all of it, or the last message."""
+    return prompt if isinstance(prompt, str) else prompt[-1]["content"]
+
+
+def _answer(opened: Opened, shown: str, tokens: list[int], max_tokens: int) -> Answer:
     import mlx.core as mx
-    import mlx_lm
 
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    shown = messages[-1]["content"]
-    if tokenizer.chat_template is not None:
-        tokens = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    else:
-        tokens = tokenizer.encode(shown)
     mx.reset_peak_memory()
-    text, tps = "", 0.0
-    for part in mlx_lm.stream_generate(model, tokenizer, prompt=tokens, max_tokens=max_tokens):
-        text, tps = text + part.text, part.generation_tps
-    return Answer(shown, text.strip(), tps, mx.get_peak_memory())
-
-
-def _child() -> None:
-    from mlxq.machine.blas import load_blas
-
-    load_blas()
-    request = json.load(sys.stdin)
-    speed = _time_model(
-        Path(request["folder"]),
-        SpeedSettings(**request["settings"]),
-        request["prompts"],
-        request["answer_tokens"],
-    )
-    sys.stdout.write(_MARK + json.dumps(asdict(speed)) + "\n")
-
-
-if __name__ == "__main__":
-    _child()
+    spoken = speak(opened, tokens, max_tokens)
+    return Answer(shown, spoken.text, spoken.generation_tps, mx.get_peak_memory())
