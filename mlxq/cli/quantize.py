@@ -95,9 +95,9 @@ def command(
         check_pattern(why, "--why")
     spending = target = None
     if locked is not None:
-        from mlxq.machine.blas import load_blas
+        from mlxq.machine.backend import start_mlx
 
-        load_blas()
+        start_mlx()
         from mlxq.pipeline import differing_files, prepare_locked
         from mlxq.writing.report import read_report
 
@@ -115,9 +115,9 @@ def command(
 
             # Said now, not after hours of work.
             check_login()
-        from mlxq.machine.blas import load_blas
+        from mlxq.machine.backend import start_mlx
 
-        load_blas()
+        start_mlx()
         from mlxq.pipeline import Options, default_output, prepare
         from mlxq.planning.plan import Stored
 

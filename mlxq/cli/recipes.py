@@ -68,6 +68,9 @@ def check(
         recipe = load_recipe(file, sets or ())
         if model is not None:
             from mlxq.cli.fetching import telling
+            from mlxq.machine.backend import start_mlx
+
+            start_mlx()
             from mlxq.pipeline import Options, prepare
             from mlxq.planning.plan import Stored
 
