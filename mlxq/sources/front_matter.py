@@ -15,12 +15,13 @@ from typing import Any
 import yaml
 
 from mlxq.errors import BadInputError
-from mlxq.recipe.yaml import compose
 
 FILE_NAME = "README.md"
 LONGEST = 1_000_000  # bytes
 _MOST_VALUES = 100_000  # after aliases are followed
 _DEEPEST = 20
+# libyaml where PyYAML was built with it: many times faster.
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _FENCED = re.compile(r"---[ \t]*\n(.*?\n|)---[ \t]*(?:\n|\Z)", re.DOTALL)
 _NULL = ("", "~", "null", "Null", "NULL")
 _PLAIN_TAGS = frozenset(
@@ -78,7 +79,7 @@ def parse(text: str) -> FrontMatter:
     if len(text) > LONGEST:
         raise BadInputError(f"{FILE_NAME}: the front matter is longer than {LONGEST // 1_000_000} MB", _MEND)
     try:
-        node = compose(text, "front matter")
+        node = _compose(text)
         if node is None:
             return FrontMatter(text, {}, {})
         if not isinstance(node, yaml.MappingNode):
@@ -98,6 +99,23 @@ def parse(text: str) -> FrontMatter:
 def dump(data: Mapping[str, Any], *, flow: bool = False) -> str:
     """Data as YAML, whose text is text in YAML 1.1 and 1.2."""
     return str(yaml.dump(dict(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=flow))
+
+
+def _compose(text: str) -> yaml.Node | None:
+    """The node tree of the only document in ``text``; None where it is empty.
+
+    Its depth is checked on the parser's events first: composing recurses, events do not.
+    """
+    depth = documents = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        documents += isinstance(event, yaml.DocumentStartEvent)
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if documents > 1:
+            raise _refusal("there is a second document in it", event)
+        if depth > _DEEPEST:
+            raise _refusal(f"values are nested more than {_DEEPEST} deep", event)
+    node: yaml.Node | None = yaml.compose(text, Loader=_Loader)
+    return node
 
 
 class _Values:
@@ -133,8 +151,9 @@ class _Values:
         return None if not node.style and node.value in _NULL else str(node.value)
 
 
-def _refusal(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
-    return yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+def _refusal(problem: str, at: yaml.Node | yaml.Event) -> yaml.MarkedYAMLError:
+    mark: Any = at.start_mark
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=mark)
 
 
 def _lines(root: yaml.MappingNode) -> dict[str, tuple[int, int]]:
