@@ -16,7 +16,7 @@ from mlxq import __version__
 from mlxq.errors import BadInputError, MlxqError
 from mlxq.publish import card
 from mlxq.recipe.target import Target
-from mlxq.retry import TRIES, Waiting, chain, is_offline, patiently, response_of, said_by
+from mlxq.retry import Waiting, chain, is_offline, limited, patiently, response_of, said_by
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -153,7 +153,7 @@ def _explained(exc: Exception, target: Target) -> MlxqError:
     if status in (409, 412):
         return MlxqError(f"{target.repo} was changed by somebody else meanwhile", again)
     if status == 429:
-        return MlxqError(f"the Hub still limits how often it may be asked, after {TRIES} tries", again)
+        return MlxqError(limited(exc), again)
     if status >= 500:
         return MlxqError(f"the Hub has trouble of its own: it answered {status}", again)
     return BadInputError(f"the Hub refused ({status}): {said_by(exc)}")

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from mlxq.sources.remote import HubModel
 
 
+# Where transformers looks for chat templates beside the default one; the only folder that travels with a model.
+TEMPLATES = "additional_chat_templates"
+
+
 class ModelSource(Protocol):
     """A model known by its headers, here or on the Hub. Building one reads no weights."""
 
@@ -59,6 +63,9 @@ class ModelSource(Protocol):
     def weight_files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
 
+    def file_of(self, name: str) -> Path:
+        """The weight file that holds a tensor."""
+
     @property
     def stored_bytes(self) -> int:
         """Bytes the weights take as stored."""
@@ -73,7 +80,10 @@ class ModelSource(Protocol):
 
     @property
     def sidecars(self) -> Mapping[str, Path | bytes]:
-        """Files that travel with the model (tokenizer, chat template, licence): name -> file or content."""
+        """Files that travel with the model (tokenizer, chat template, licence): name -> file or content.
+
+        A name is that of a file at the top, or ``additional_chat_templates/NAME.jinja``.
+        """
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows ``start:stop`` of a tensor seen as a (rows, last axis) matrix.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError
 from mlxq.headers import StoredTensor, read_file_header, read_json
+from mlxq.sources.base import TEMPLATES
 from mlxq.sources.quantization import Quantization, believed, stated_quantization
 from mlxq.tensors import TensorSpec
 
@@ -108,6 +109,10 @@ class SafetensorsFolder:
         """The files that hold the weights, sorted."""
         return tuple(sorted({tensor.file for tensor in self.stored.values()}))
 
+    def file_of(self, name: str) -> Path:
+        """The weight file that holds tensor ``name``."""
+        return self.stored[name].file
+
     @property
     def stored_bytes(self) -> int:
         """Bytes the weights take as stored."""
@@ -125,10 +130,11 @@ class SafetensorsFolder:
 
     @property
     def sidecars(self) -> dict[str, Path | bytes]:
-        """Top-level files that are neither weights, config nor documentation assets."""
+        """Top-level files that are neither weights, config nor documentation assets; and further chat templates."""
+        templates = sorted((self.folder / TEMPLATES).glob("*.jinja"))
         return {
-            file.name: file
-            for file in sorted(self.folder.iterdir())
+            file.relative_to(self.folder).as_posix(): file
+            for file in (*sorted(self.folder.iterdir()), *templates)
             if file.is_file()
             and not file.name.startswith(".")
             and file.name != "README.md"
