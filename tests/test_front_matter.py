@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from mlxq.errors import BadInputError
-from mlxq.pipeline import Options, prepare, run
+from mlxq.pipeline import prepare, run
 from mlxq.publish import card
 from mlxq.recipe.load import load_recipe
 from mlxq.sources.card import card_in, card_of_gguf, model_of_gguf
 from mlxq.sources.front_matter import dump, parse, split
+from mlxq.sources.resolve import resolve
 from tests.checkpoints import llama
 from tests.test_gguf import write_gguf
 
@@ -161,10 +162,10 @@ def test_a_date_that_is_none_is_text_and_what_is_no_text_is_left(tmp_path: Path)
 def test_a_source_with_a_hostile_card_is_converted_and_the_card_said_to_be_ignored(tmp_path: Path) -> None:
     source = llama(tmp_path / "source")
     (source / "README.md").write_text(f"---\n{BOMB}license: mit\n---\n")
-    plan = prepare(load_recipe("4bit"), str(source), Options())
+    plan = prepare(load_recipe("4bit"), resolve(str(source)))
     (remark,) = plan.remarks
     assert remark.startswith("nothing is taken over from the card of the source: README.md")
-    *_, _ = run(plan, tmp_path / "out", Options())
+    *_, _ = run(plan, tmp_path / "out")
     text = (tmp_path / "out" / "README.md").read_text()
     assert remark in text
     assert "license" not in parse(split(text)[0]).values
@@ -179,7 +180,7 @@ def of_gguf(tmp_path: Path, **metadata: str | list[str]) -> dict[str, Any]:
             writer.add_string(key, value) if isinstance(value, str) else writer.add_array(key, value)
 
     file = write_gguf(tmp_path / "m.gguf", edit=edit)
-    *_, _ = run(prepare(load_recipe("4bit"), str(file), Options()), tmp_path / "out", Options())
+    *_, _ = run(prepare(load_recipe("4bit"), resolve(str(file))), tmp_path / "out")
     return dict(parse(split((tmp_path / "out" / "README.md").read_text())[0]).values)
 
 

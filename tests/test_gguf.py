@@ -27,6 +27,7 @@ from mlxq.sources.gguf_blocks import REPACKABLE, nearest_format, repack
 from mlxq.sources.gguf_header import _Cursor
 from mlxq.sources.gguf_names import llama3_factors
 from mlxq.sources.gguf_tokenizer import end_token_ids, tokenizer_files
+from mlxq.sources.resolve import resolve
 from mlxq.sources.sample import SAMPLE, open_sample, sample_folder
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCABULARY = 64, 4, 2, 32, 96, 300
@@ -878,14 +879,14 @@ def test_a_file_without_16_bit_tensors_is_written_in_bfloat16(sample: GGUFSource
 def test_kept_quantization_holds_the_files_own_values(tmp_path: Path) -> None:
     import mlx.core as mx
 
-    from mlxq.pipeline import Finished, Options, prepare, run
+    from mlxq.pipeline import Finished, prepare, run
     from mlxq.planning.plan import Stored
     from mlxq.recipe.load import recipe_from_dict
 
     file = write_gguf(tmp_path / "m.gguf", "llama", types={"model.layers.0.mlp.down_proj.weight": T.Q4_1})
-    options = Options(Stored.CARRY_OVER)
-    plan = prepare(recipe_from_dict({}, "mlx"), str(file), options)
-    *_, last = run(plan, tmp_path / "out", options)
+    options = Stored.CARRY_OVER
+    plan = prepare(recipe_from_dict({}, "mlx"), resolve(str(file)), options)
+    *_, last = run(plan, tmp_path / "out")
     assert isinstance(last, Finished)
     held = mx.load(str(tmp_path / "out" / "model.safetensors"))
     part = {p: held[f"model.layers.0.mlp.down_proj.{p}"] for p in ("weight", "scales", "biases")}

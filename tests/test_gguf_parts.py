@@ -12,7 +12,7 @@ import pytest
 from gguf import GGMLQuantizationType as T
 
 from mlxq.errors import BadInputError
-from mlxq.pipeline import Finished, Options, default_output, prepare, run
+from mlxq.pipeline import Finished, default_output, prepare, run
 from mlxq.recipe.load import load_recipe
 from mlxq.sources import hub_files
 from mlxq.sources.gguf import GGUFSource, open_gguf
@@ -120,12 +120,12 @@ def test_parts_on_the_hub_are_one_model(hub: Hub, tmp_path: Path, low_disk: bool
     # Whatever was fetched stays in the cache.
     repo = f"org/split-{low_disk}"
     on_the_hub(hub, parts, repo)
-    *_, _ = run(prepare(load_recipe("4bit"), str(parts[0]), Options()), tmp_path / "same", Options())
-    plan = prepare(load_recipe("4bit"), repo, Options())
+    *_, _ = run(prepare(load_recipe("4bit"), resolve(str(parts[0]))), tmp_path / "same")
+    plan = prepare(load_recipe("4bit"), resolve(repo))
     assert plan.source.remote is not None
     assert [file.name for file in plan.source.remote.weights] == [f"q8/{part.name}" for part in parts]
     assert not fetched_weights(hub)
-    *_, last = run(plan, tmp_path / "out", Options(), low_disk=low_disk)
+    *_, last = run(plan, tmp_path / "out", low_disk=low_disk)
     assert isinstance(last, Finished)
     assert hashes(tmp_path / "out") == hashes(tmp_path / "same")
     assert len(fetched_weights(hub)) == 3

@@ -20,7 +20,7 @@ import pytest
 from mlxq.errors import MlxqError
 from mlxq.files import sha256_file
 from mlxq.headers import encode_header
-from mlxq.pipeline import Finished, Options, prepare, run
+from mlxq.pipeline import Finished, prepare, run
 from mlxq.planning.plan import Stored
 from mlxq.recipe.load import load_recipe
 from mlxq.retry import TRIES, Waiting, told
@@ -136,7 +136,7 @@ def written(events: Iterator[Any]) -> Path:
 
 
 def from_folder(source: Path, out: Path, recipe: str = "4bit") -> dict[str, str]:
-    return hashes(written(run(prepare(load_recipe(recipe), str(source), Options()), out, Options())))
+    return hashes(written(run(prepare(load_recipe(recipe), resolve(str(source))), out)))
 
 
 def fetched_weights(hub: Hub) -> list[str]:
@@ -313,11 +313,11 @@ def test_low_disk_holds_no_more_than_it_said(hub: Hub, tmp_path: Path, make: Cal
     folder = make(tmp_path / "model", shards=shards)
     repo = f"org/low-{make.__name__}"
     commit = hub.add_model(repo, folder)
-    plan = prepare(load_recipe("4bit"), repo, Options())
+    plan = prepare(load_recipe("4bit"), resolve(repo))
     room = room_needed(plan, tmp_path / "out", low_disk=True)
     place = tmp_path / "out.partial" / "source"
     most = 0
-    events = run(plan, tmp_path / "out", Options(), low_disk=True)
+    events = run(plan, tmp_path / "out", low_disk=True)
     for event in events:
         most = max(most, held_bytes(place))
         if isinstance(event, Finished):
@@ -345,7 +345,7 @@ def held_bytes(place: Path) -> int:
 
 def test_experts_are_assembled_once_all_their_shards_are_here(hub: Hub, tmp_path: Path) -> None:
     hub.add_model("org/experts", mixture(tmp_path / "model", shards=4))
-    plan = prepare(load_recipe("4bit"), "org/experts", Options())
+    plan = prepare(load_recipe("4bit"), resolve("org/experts"))
     planned = stages(plan)
     here: set[str] = set()
     for stage in planned:
@@ -375,10 +375,10 @@ def test_what_is_stored_quantized_is_read_with_its_scales(hub: Hub, tmp_path: Pa
     config = json.loads((quantized / "config.json").read_text())
     folder = save(tmp_path / "shards", config, weights, shards=4)
     hub.add_model("org/quantized", folder)
-    options = Options(Stored.REQUANTIZE)
+    options = Stored.REQUANTIZE
     for name, model in (("here", str(folder)), ("there", "org/quantized")):
-        plan = prepare(load_recipe("8bit"), model, options)
-        written(run(plan, tmp_path / name, options, low_disk=True))
+        plan = prepare(load_recipe("8bit"), resolve(model), options)
+        written(run(plan, tmp_path / name, low_disk=True))
     assert hashes(tmp_path / "here") == hashes(tmp_path / "there")
 
 
@@ -580,9 +580,9 @@ def test_nothing_listens_there(mlxq: Command) -> None:
 def test_a_dropped_download_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> None:
     folder = llama(tmp_path / "model", hidden_size=1024, intermediate_size=2048)
     hub.add_model("org/dropped", folder)
-    plan = prepare(load_recipe("4bit"), "org/dropped", Options())
+    plan = prepare(load_recipe("4bit"), resolve("org/dropped"))
     hub.fail("GET", "/blobs/", drop_after=30_000_000)
-    out = written(run(plan, tmp_path / "out", Options()))
+    out = written(run(plan, tmp_path / "out"))
     assert hashes(out) == from_folder(folder, tmp_path / "same")
     # The client keeps what came in pieces of 10 MiB.
     last = hub.requests("GET", "/blobs/")[-1]
@@ -594,25 +594,25 @@ def test_a_dropped_download_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> No
 def test_an_interrupted_download_keeps_what_is_complete(hub: Hub, tmp_path: Path) -> None:
     folder = llama(tmp_path / "model", shards=4, hidden_size=256)
     hub.add_model("org/interrupted", folder)
-    plan = prepare(load_recipe("4bit"), "org/interrupted", Options())
+    plan = prepare(load_recipe("4bit"), resolve("org/interrupted"))
     slow = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]["lm_head.weight"]
     sha256 = sha256_file(folder / slow)
     hub.fail("GET", f"/blobs/{sha256}", bytes_per_second=200_000)
-    events = run(plan, tmp_path / "out", Options())
+    events = run(plan, tmp_path / "out")
     while len(fetched_weights(hub)) < 3:
         assert isinstance(next(events), Downloading)
     time.sleep(0.3)
     events.close()  # type: ignore[attr-defined]
     assert not (tmp_path / "out.partial").exists()
     hub.log.clear()
-    assert hashes(written(run(plan, tmp_path / "out", Options()))) == from_folder(folder, tmp_path / "same")
+    assert hashes(written(run(plan, tmp_path / "out"))) == from_folder(folder, tmp_path / "same")
     assert [path.partition("?")[0] for path in fetched_weights(hub)] == [f"/blobs/{sha256}"]
 
 
 def downloaded(repo: str, out: Path, *, low_disk: bool) -> str | None:
     """Quantize a model of the Hub; the message of the error that ended it, or None."""
     try:
-        written(run(prepare(load_recipe("4bit"), repo, Options()), out, Options(), low_disk=low_disk))
+        written(run(prepare(load_recipe("4bit"), resolve(repo)), out, low_disk=low_disk))
     except MlxqError as error:
         return error.message
     return None

@@ -21,6 +21,7 @@ from mlxq.publish.publish import Published, publish
 from mlxq.recipe.load import load_recipe, recipe_from_dict
 from mlxq.recipe.target import Target
 from mlxq.retry import Waiting
+from mlxq.sources.resolve import resolve
 from tests.checkpoints import llama
 from tests.hub_server import READ_TOKEN, TOKEN, USER, Hub
 
@@ -39,15 +40,15 @@ datasets: [somebody/set]
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quantized model, compared with its original."""
-    from mlxq.pipeline import Finished, Options, prepare, run
+    from mlxq.pipeline import Finished, prepare, run
 
     folder = tmp_path_factory.mktemp("made")
     source = llama(folder / "original")
     (source / "README.md").write_text(SOURCE_CARD)
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
-    plan = prepare(load_recipe("mixed_4_6"), str(source), Options())
-    *_, last = run(plan, folder / "tiny-4bit", Options())
+    plan = prepare(load_recipe("mixed_4_6"), resolve(str(source)))
+    *_, last = run(plan, folder / "tiny-4bit")
     assert isinstance(last, Finished)
     record_comparison(last.out)
     return last.out

@@ -67,15 +67,14 @@ def check(
     try:
         recipe = load_recipe(file, sets or ())
         if model is not None:
-            from mlxq.cli.fetching import telling
             from mlxq.machine.backend import start_mlx
 
             start_mlx()
-            from mlxq.pipeline import Options, prepare
+            from mlxq.cli.fetching import find_model
+            from mlxq.pipeline import prepare
             from mlxq.planning.plan import Stored
 
-            with telling() as tell:
-                plan = prepare(recipe, model, Options(Stored.REQUANTIZE), on_event=tell)
+            plan = prepare(recipe, find_model(model), Stored.REQUANTIZE)
             facts["model"] = model
             if recipe.budget is None:
                 facts |= {"file_bytes": plan.file_bytes, "bits_per_weight": plan.bits_per_weight}

@@ -29,6 +29,11 @@ class Stored(Enum):
     CARRY_OVER = "keep_quantization"
     """GGUF blocks are carried over bit for bit, where an MLX format holds the same values."""
 
+    @classmethod
+    def recorded(cls, options: Mapping[str, bool]) -> Stored:
+        """The one that the ``options`` of an ``mlxq.json`` name."""
+        return next((each for each in cls if options.get(each.value)), cls.AS_IS)
+
     @property
     def opened(self) -> bool:
         """Whether what is stored quantized is read as numbers."""
@@ -122,12 +127,14 @@ class Spent:
 class Plan:
     """Everything that will be written.
 
-    ``recipe`` is what the person wrote; ``uncalibrated`` says why its calibration cannot be used, None where it can
-    be, or is not asked for. ``spending`` is how the budget was spent, as data; None without one.
+    ``recipe`` is what the person wrote, ``stored`` what they want of modules that are quantized already.
+    ``uncalibrated`` says why its calibration cannot be used, None where it can be, or is not asked for. ``spending``
+    is how the budget was spent, as data; None without one.
     """
 
     source: ModelSource
     recipe: Recipe
+    stored: Stored
     architecture: Architecture
     decisions: tuple[Decision, ...]
     steps: tuple[Step, ...]
@@ -141,6 +148,12 @@ class Plan:
     def by_path(self) -> Mapping[str, Decision]:
         """Every decision by the path of its module."""
         return {decision.path: decision for decision in self.decisions}
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """What the command line said of the source, as ``mlxq.json`` records it."""
+        asked = {each.value: each is self.stored for each in Stored if each is not Stored.AS_IS}
+        return {**asked, "trust_remote_code": self.source.trusted}
 
     @property
     def calibration(self) -> Calibration:

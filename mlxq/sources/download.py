@@ -146,17 +146,6 @@ def fetch(source: ModelSource) -> Generator[Downloading | Waiting, None, ModelSo
     return local
 
 
-def fetched_source(source: ModelSource) -> ModelSource:
-    """``fetch`` without a word."""
-    events = fetch(source)
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            local: ModelSource = stop.value
-            return local
-
-
 def fetch_companions(source: ModelSource) -> Generator[Downloading | Waiting, None, ModelSource]:
     """The same source with everything here but its weights, which remain headers."""
     remote = source.remote

@@ -72,7 +72,6 @@ def _module(decision: Decision) -> dict[str, Any]:
 def build_report(
     plan: Plan,
     size: Size,
-    options: Mapping[str, bool],
     timings: Mapping[str, float],
     peak_memory_bytes: int,
     files: Mapping[str, Mapping[str, Any]],
@@ -86,7 +85,7 @@ def build_report(
         "source": facts["source"],
         "recipe": facts["recipe"],
         "uncalibrated": facts["uncalibrated"],
-        "options": dict(options),
+        "options": plan.options,
         "modules": facts["modules"],
         "left_out": facts["left_out"],
         "notes": facts["notes"],
@@ -150,3 +149,16 @@ def read_report(file: Path) -> dict[str, Any]:
     if int(report.get("schema_version", 0)) > SCHEMA_VERSION:
         raise BadInputError(f"{file} was written by a newer mlxq ({report['versions']['mlxq']})", "Update mlxq.")
     return report
+
+
+def check_trust(report: Mapping[str, Any], what: str, *, trusted: bool) -> None:
+    """Raise BadInputError where ``what`` was made with code of the model's own, which the person has not ``trusted``.
+
+    A report is a file like any other: it tells that trust was given once, and gives none.
+    """
+    options = report.get("options")
+    if isinstance(options, Mapping) and options.get("trust_remote_code") and not trusted:
+        raise BadInputError(
+            f"{what} was made with --trust-remote-code, and a file cannot say that the model's own code may run",
+            "Read that code; if you trust it, add --trust-remote-code.",
+        )
