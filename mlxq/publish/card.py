@@ -44,11 +44,10 @@ class Card:
 
 def source_metadata(source: ModelSource) -> dict[str, Any]:
     """What a new card takes over from the source's own: licence, languages, pipeline tag and tags."""
-    file = None if source.weights_folder is None else source.weights_folder / FILE_NAME
-    if file is None or not file.is_file():
+    if source.card is None:
         return {}
     try:
-        original = _metadata(_split(as_text(file.read_bytes()))[0])
+        original = _metadata(_split(as_text(source.card.read_bytes()))[0])
     except BadInputError:
         # Somebody else's card with a fault in it is no reason to stop: there is just nothing to take over.
         return {}

@@ -102,6 +102,21 @@ class GGUFSource:
         metadata = self.header.metadata
         return dict(tokenizer_files(metadata, metadata["general.architecture"], str(self.header.path)))
 
+    @property
+    def left_behind(self) -> Mapping[str, str]:
+        """Nothing: the file is all there is."""
+        return {}
+
+    @property
+    def card(self) -> None:
+        """A file comes without one."""
+        return
+
+    @property
+    def own_recipe(self) -> str:
+        """See ``recipe_yaml_from_gguf``."""
+        return recipe_yaml_from_gguf(self)
+
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows ``start:stop`` of tensor ``name``, dequantized to float32; see ``ModelSource.read_rows``."""
         import numpy as np
