@@ -192,9 +192,7 @@ def open_folder(folder: Path, name: str, *, trusted: bool = False, scratch: Scra
         raise BadInputError(f"{folder} is not a model folder: it has no config.json", hint)
     files = sorted(folder.glob("model*.safetensors"))
     if scratch is None:
-        check_stays(
-            [*(folder / name for name in (*READ, "generation_config.json") if name != "README.md"), *files], folder
-        )
+        check_stays([*(folder / file for file in (*OPENED, "generation_config.json")), *files], folder)
     config = read_json(config_file)
     if not files:
         others = [p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".safetensors"}]
