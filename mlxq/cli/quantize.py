@@ -82,7 +82,7 @@ def command(
 
     Example: mlxq quantize ./my-model --bpw 4.25
     """
-    from mlxq.cli.fetching import fetched, telling
+    from mlxq.cli.fetching import fetched, find_model
     from mlxq.cli.writing import show_plan, write_model
     from mlxq.errors import BadInputError, MlxqError
     from mlxq.show.console import console
@@ -95,15 +95,15 @@ def command(
         check_pattern(why, "--why")
     spending = target = None
     if locked is not None:
-        from mlxq.machine.blas import load_blas
+        from mlxq.machine.backend import start_mlx
 
-        load_blas()
-        from mlxq.pipeline import differing_files, prepare_locked
-        from mlxq.writing.report import read_report
+        start_mlx()
+        from mlxq.pipeline import differing_files, prepare_locked, recorded_model
+        from mlxq.writing.report import check_trust, read_report
 
         recorded = read_report(locked)
-        with telling() as tell:
-            plan, options = prepare_locked(recorded, model, on_event=tell)
+        check_trust(recorded, str(locked), trusted=trust_remote_code)
+        plan = prepare_locked(recorded, find_model(model or recorded_model(recorded), trusted=trust_remote_code))
         out = output or Path(f"{locked.resolve().parent.name}-rebuilt")
     else:
         assert recipe is not None
@@ -115,19 +115,18 @@ def command(
 
             # Said now, not after hours of work.
             check_login()
-        from mlxq.machine.blas import load_blas
+        from mlxq.machine.backend import start_mlx
 
-        load_blas()
-        from mlxq.pipeline import Options, default_output, prepare
+        start_mlx()
+        from mlxq.pipeline import default_output, prepare
         from mlxq.planning.plan import Stored
 
         recorded = None
-        options = Options(Stored.REQUANTIZE if requantize else Stored.AS_IS, trust_remote_code)
+        stored = Stored.REQUANTIZE if requantize else Stored.AS_IS
         out = output or (Path(loaded.output) if loaded.output else default_output(loaded, name))
         if not (dry_run or frontier or why is not None or force) and out.exists():
             raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-        with telling() as tell:
-            plan = prepare(loaded, name, options, on_event=tell)
+        plan = prepare(loaded, find_model(name, trusted=trust_remote_code), stored)
         if low_disk:
             from mlxq.writing.low_disk import check_low_disk
 
@@ -135,8 +134,8 @@ def command(
         if loaded.budget is not None:
             from mlxq.cli.spending import spend_budget
 
-            plan = fetched(plan, out, options)
-            plan, spending = spend_budget(plan, options, measure_curve=frontier)
+            plan = fetched(plan, out)
+            plan, spending = spend_budget(plan, measure_curve=frontier)
         elif frontier or explain:
             raise BadInputError(
                 f"{'--frontier' if frontier else '--explain'} is about a budget, and recipe {loaded.name} has none",
@@ -151,15 +150,9 @@ def command(
             console.json({"schema": "mlxq.budget", "schema_version": 1, **(plan.spending or {})})
         return
     if dry_run or why is not None:
-        show_plan(
-            plan,
-            out=out,
-            why=why,
-            low_disk=low_disk,
-            trust_remote_code=trust_remote_code,
-        )
+        show_plan(plan, out=out, why=why, low_disk=low_disk)
         return
-    finished = write_model(plan, out, options, force=force, generate=generate, low_disk=low_disk)
+    finished = write_model(plan, out, force=force, generate=generate, low_disk=low_disk)
     if recorded is not None and (differing := differing_files(finished.report, recorded)):
         theirs, ours = recorded["versions"], finished.report["versions"]
         changed = [
@@ -172,14 +165,11 @@ def command(
     if plan.recipe.gates:
         from mlxq.cli.compare import check_recipe_gates
 
-        original = plan.source.name
-        if plan.source.revision is not None:
-            original = f"{original.partition('@')[0]}@{plan.source.revision}"
-        check_recipe_gates(plan.recipe.gates, original, out)
+        check_recipe_gates(plan, out)
     if target is not None:
         from mlxq.cli.upload import publish_made
 
-        publish_made(out, target)
+        publish_made(out, target, trusted=plan.source.trusted)
 
 
 def _check_together(
