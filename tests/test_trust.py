@@ -37,7 +37,9 @@ def with_own_model(folder: Path, marker: Path) -> Path:
     llama(folder, vocab_size=64)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": "mine", "model_file": "mine.py"}))
-    (folder / "mine.py").write_text(f"open({str(marker)!r}, 'a')\nfrom mlx_lm.models.llama import Model, ModelArgs\n")
+    (folder / "mine.py").write_text(
+        f"open({str(marker)!r}, 'a').close()\nfrom mlx_lm.models.llama import Model, ModelArgs\n"
+    )
     return folder
 
 
@@ -48,7 +50,7 @@ def with_own_tokenizer(folder: Path, marker: Path) -> Path:
     (folder / "tokenizer.json").rename(folder / "vocab.json")
     settings = {"tokenizer_class": "Tok", "auto_map": {"AutoTokenizer": ["tok.Tok", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    (folder / "tok.py").write_text(f"open({str(marker)!r}, 'a')\n")
+    (folder / "tok.py").write_text(f"open({str(marker)!r}, 'a').close()\n")
     return folder
 
 
@@ -208,7 +210,8 @@ def test_links_that_stay_with_the_model_are_followed(tmp_path: Path) -> None:
 
 def test_what_travels_is_a_list() -> None:
     along = (
-        "tokenizer.json tokenizer_config.json tokenizer.model spiece.model qwen.tiktoken vocab.json vocab.txt merges.txt "
+        "tokenizer.json tokenizer_config.json tokenizer.model spiece.model qwen.tiktoken vocab.json vocab.txt "
+        "merges.txt "
         "added_tokens.json special_tokens_map.json chat_template.jinja chat_template.json preprocessor_config.json "
         "processor_config.json video_preprocessor_config.json generation_config.json LICENSE LICENSE.txt LICENCE.md "
         "MODEL_LICENSE NOTICE USE_POLICY.md additional_chat_templates/tool_use.jinja"
@@ -249,7 +252,7 @@ def test_a_report_holds_no_place_of_this_machine(tmp_path: Path, monkeypatch: py
     model = llama(tmp_path / "model")
     (odd / "base.yaml").write_text("default: {bits: 4, group_size: 32}\nrules:\n  - {match: down_proj, bits: 8}\n")
     (odd / "cal.txt").write_text("x")
-    text = f"# by {tmp_path}/me\nextends: '{odd}/base.yaml'\nmodel: {model}\noutput: \"{odd}/out\"\n"
+    text = f'# by {tmp_path}/me\nextends: "{odd}/base.yaml"\nmodel: {model}\noutput: "{odd}/out"\n'
     text += f'method: auto\ncalibration: {{text: "{odd}/cal.txt"}}\nrules:\n  - {{match: q_proj, bits: 6}}\n'
     (odd / "my.yaml").write_text(text)
     recipe = load_recipe(str(odd / "my.yaml"), ["rules.0.bits=5"])
