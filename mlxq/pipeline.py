@@ -21,8 +21,9 @@ from mlxq.methods.registry import uses_text
 from mlxq.metrics.size import measure_size
 from mlxq.planning.make import make_plan
 from mlxq.planning.plan import Plan, Spent, Stored
-from mlxq.publish.card import source_metadata, write_card
-from mlxq.recipe.load import Recipe, load_recipe, recipe_from_dict
+from mlxq.publish.card import write_card
+from mlxq.recipe.load import load_recipe, recipe_from_dict
+from mlxq.recipe.model import Recipe
 from mlxq.retry import Waiting
 from mlxq.sources.base import ModelSource
 from mlxq.sources.download import Downloading, fetch, fetch_companions
@@ -145,7 +146,7 @@ def run(
         size = measure_size(partial.folder)
         files = hash_files(partial.folder, partial.shard_sha256())
         report = build_report(plan, size, timings, peak, files)
-        report["card"] = source_metadata(plan.source)
+        report["card"] = dict(plan.source.card.values)
         write_card(report, partial.folder, out.name)
         write_report(report, partial.folder)
         partial.publish()

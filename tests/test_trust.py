@@ -17,7 +17,6 @@ from mlxq.errors import BadInputError
 from mlxq.pipeline import Finished, prepare, prepare_locked, recorded_model, run
 from mlxq.places import place_in, without_places
 from mlxq.planning.plan import Plan
-from mlxq.publish.card import source_metadata
 from mlxq.publish.check import check_folder
 from mlxq.recipe.load import load_recipe
 from mlxq.show.plan_tables import plan_notes
@@ -163,7 +162,7 @@ def test_a_link_out_of_the_folder_is_left_behind_and_named(name: str, tmp_path: 
     (model / name).symlink_to(tmp_path / "secret")
     source = resolve(str(model))
     assert name not in source.sidecars
-    assert source_metadata(source) == {}
+    assert source.card.values == {}
     plan = prepare(load_recipe("4bit"), source)
     assert f"left behind, a link out of the model's folder: {name}" in plan_notes(plan)
     assert plan_facts(plan)["left_behind"][name] == belongings.LINK

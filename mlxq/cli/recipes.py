@@ -67,6 +67,9 @@ def check(
     try:
         recipe = load_recipe(file, sets or ())
         if model is not None:
+            from mlxq.machine.backend import start_mlx
+
+            start_mlx()
             from mlxq.cli.fetching import find_model
             from mlxq.pipeline import prepare
             from mlxq.planning.plan import Stored
@@ -93,7 +96,7 @@ def check(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors (docs/recipes.md says how)."""
-    from mlxq.recipe.load import json_schema
+    from mlxq.recipe.schema import json_schema
     from mlxq.show.console import console
 
     console.json(json_schema())

@@ -18,8 +18,9 @@ from mlxq.methods.rtn import RTN
 from mlxq.metrics.size import Size
 from mlxq.pipeline import Allocated, allocated_plan, prepare, run
 from mlxq.planning.plan import Plan
-from mlxq.recipe.load import Recipe, recipe_from_dict
+from mlxq.recipe.load import recipe_from_dict
 from mlxq.recipe.match import layer_index
+from mlxq.recipe.model import Recipe
 from mlxq.sources.base import ModelSource
 from mlxq.sources.safetensors import open_folder
 from mlxq.tensors import FLOAT_DTYPES

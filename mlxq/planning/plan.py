@@ -12,7 +12,7 @@ from typing import Any
 
 from mlxq.architecture.bind import Architecture
 from mlxq.methods.formats import Format
-from mlxq.recipe.load import Calibration, Recipe
+from mlxq.recipe.model import Calibration, Recipe
 from mlxq.sources.base import ModelSource
 from mlxq.sources.belongings import described
 from mlxq.tensors import TensorSpec
@@ -164,13 +164,12 @@ class Plan:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What a person should know of the plan as a whole."""
-        left_out = tuple(map(str, self.architecture.left_out))
-        if self.uncalibrated is None:
-            return left_out
-        return (
-            *left_out,
-            f"calibration cannot follow this model ({self.uncalibrated}), so weights alone decide",
-        )
+        found = list(map(str, self.architecture.left_out))
+        if self.uncalibrated is not None:
+            found.append(f"calibration cannot follow this model ({self.uncalibrated}), so weights alone decide")
+        if (fault := self.source.card.fault) is not None:
+            found.append(fault)
+        return tuple(found)
 
     def with_source(self, source: ModelSource) -> Plan:
         """The same plan on the same model once its weights are here: ``source`` differs only in where they lie."""

@@ -10,13 +10,13 @@ from typing import Any
 
 from mlxq.architecture.opening import open_lazily
 from mlxq.errors import BadInputError
-from mlxq.publish import card
 from mlxq.recipe.target import Target, target_faults
+from mlxq.sources.front_matter import FILE_NAME as CARD
 from mlxq.writing.report import FILE_NAME, check_trust, hash_files, read_report
 
 PLOT = "mlxq-comparison.png"
 # Written anew at each upload, so what their hashes were says nothing.
-DRAWN = (card.FILE_NAME, PLOT)
+DRAWN = (CARD, PLOT)
 # What mlx-lm would load beside the new weights, were it left from an earlier upload.
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 

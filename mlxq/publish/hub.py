@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mlxq import __version__
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.publish import card
 from mlxq.recipe.target import Target
 from mlxq.retry import Waiting, chain, is_offline, limited, patiently, response_of, said_by
+from mlxq.sources.front_matter import as_text
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -95,7 +95,7 @@ def remote_text(api: HfApi, target: Target, remote: Remote, name: str) -> str | 
     if name not in remote.files:
         return None
     with _no_progress_bars():
-        return card.as_text(Path(api.hf_hub_download(target.repo, name, revision=remote.commit)).read_bytes())
+        return as_text(Path(api.hf_hub_download(target.repo, name, revision=remote.commit)).read_bytes())
 
 
 def git_hash(content: bytes) -> str:

@@ -12,6 +12,7 @@ from mlxq.tensors import TensorSpec
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from mlxq.sources.card import SourceCard
     from mlxq.sources.quantization import Quantization
     from mlxq.sources.remote import HubModel
 
@@ -82,12 +83,12 @@ class ModelSource(Protocol):
         """
 
     @property
-    def left_behind(self) -> Mapping[str, str]:
-        """Files and folders beside the weights that do not travel: name -> why."""
+    def card(self) -> SourceCard:
+        """What a new model card takes over: licence, languages, tags."""
 
     @property
-    def card(self) -> Path | None:
-        """The model's own card, where one came with it."""
+    def left_behind(self) -> Mapping[str, str]:
+        """Files and folders beside the weights that do not travel: name -> why."""
 
     @property
     def own_recipe(self) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from mlxq.errors import BadInputError
 from mlxq.methods.formats import AFFINE, Format
 from mlxq.recipe.match import layer_index
+from mlxq.sources.card import SourceCard, card_of_gguf, model_of_gguf
 from mlxq.sources.gguf_blocks import REPACKABLE, nearest_format, repack
 from mlxq.sources.gguf_header import ROPE_FREQUENCIES, GGUFHeader, GGUFTensor
 from mlxq.sources.gguf_names import (
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mlxq.sources.remote import HubModel, Scratch
-
-_HUB_URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)/?")
 
 
 @dataclass(frozen=True)
@@ -103,14 +101,14 @@ class GGUFSource:
         return dict(tokenizer_files(metadata, metadata["general.architecture"], str(self.header.path)))
 
     @property
+    def card(self) -> SourceCard:
+        """What the metadata gives a new card."""
+        return card_of_gguf(self.header.metadata)
+
+    @property
     def left_behind(self) -> Mapping[str, str]:
         """Nothing: the file is all there is."""
         return {}
-
-    @property
-    def card(self) -> None:
-        """A file comes without one."""
-        return
 
     @property
     def own_recipe(self) -> str:
@@ -216,7 +214,7 @@ def open_gguf(path: Path, name: str) -> GGUFSource:
             if stored.name != ROPE_FREQUENCIES
         )
     }
-    return GGUFSource(name, header, config, bound, _base_model(header))
+    return GGUFSource(name, header, config, bound, model_of_gguf(header.metadata))
 
 
 def recipe_yaml_from_gguf(source: GGUFSource) -> str:
@@ -338,13 +336,3 @@ def _rope_frequencies(header: GGUFHeader) -> tuple[float, ...] | None:
     with tensor.file.open("rb") as stream:
         stream.seek(tensor.offset)
         return tuple(np.frombuffer(stream.read(tensor.nbytes), dtype="<f4").tolist())
-
-
-def _base_model(header: GGUFHeader) -> str | None:
-    """Hub id of the model in the file, from the addresses its metadata gives, nearest first."""
-    keys = ("general.source.repo_url", "general.source.url", "general.repo_url", "general.base_model.0.repo_url")
-    for key in keys:
-        found = _HUB_URL.fullmatch(str(header.metadata.get(key, "")))
-        if found:
-            return found[1]
-    return None

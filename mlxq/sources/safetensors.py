@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from mlxq.errors import BadInputError
 from mlxq.headers import StoredTensor, read_file_header, read_json
 from mlxq.sources.belongings import LINK, OPENED, TEMPLATES, check_stays, left_behind, stays, travels
+from mlxq.sources.card import SourceCard, card_in
 from mlxq.sources.quantization import Quantization, believed, stated_quantization
 from mlxq.tensors import TensorSpec
 
@@ -132,10 +133,9 @@ class SafetensorsFolder:
         }
 
     @property
-    def card(self) -> Path | None:
-        """Its ``README.md``."""
-        file = self.folder / "README.md"
-        return file if file.is_file() and self._is_own(file.name) else None
+    def card(self) -> SourceCard:
+        """What the folder's ``README.md`` gives a new card; nothing where that is a link out of the folder."""
+        return card_in(self.folder) if self._is_own("README.md") else SourceCard({})
 
     @property
     def own_recipe(self) -> None:

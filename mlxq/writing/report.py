@@ -17,7 +17,7 @@ from mlxq.headers import encode_header, read_json
 from mlxq.metrics.size import Size
 from mlxq.places import without_places
 from mlxq.planning.plan import Decision, Plan
-from mlxq.recipe.load import Recipe
+from mlxq.recipe.model import Recipe
 from mlxq.sources.base import ModelSource
 from mlxq.sources.belongings import TEMPLATES
 
