@@ -217,6 +217,8 @@ def prepare_locked(report: Mapping[str, Any], source: ModelSource) -> Plan:
     """
     check_trust(report, "what it records", trusted=source.trusted)
     recipe = recipe_from_dict(report["recipe"]["resolved"], report["recipe"]["name"])
+    if uses_text(recipe.method):
+        _check_texts(recipe)
     spent = None
     if recipe.budget is not None:
         formats = {m["path"]: Format.from_config(m["format"]) if m["format"] else None for m in report["modules"]}
@@ -229,6 +231,16 @@ def prepare_locked(report: Mapping[str, Any], source: ModelSource) -> Plan:
             f"Name the original with --model ({recorded['name']}, revision {recorded['revision'] or 'unknown'}).",
         )
     return plan
+
+
+def _check_texts(recipe: Recipe) -> None:
+    """Raise BadInputError where a text file that a report names is not here: a report says no places."""
+    for text in recipe.calibration.texts:
+        if text not in ("builtin", "self", "none") and not Path(text).is_file():
+            raise BadInputError(
+                f"the calibration text {text} is not here, and a report does not say where it lies",
+                f"Run the command in the folder that holds {Path(text).name}.",
+            )
 
 
 def differing_files(report: dict[str, Any], locked: dict[str, Any]) -> tuple[str, ...]:
