@@ -8,8 +8,8 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import numpy.typing as npt
 
-# By stored dtype, the least bits, sign left out, that are no finite number: infinity where the dtype has one (IEEE 754),
-# else NaN (OCP 8-bit floating point specification 1.0 for E4M3; E8M0 has no sign either).
+# By stored dtype, the least bits, sign left out, that are no finite number: infinity where the dtype has one
+# (IEEE 754), else NaN (OCP 8-bit floating point specification 1.0 for E4M3; E8M0 has no sign either).
 NOT_FINITE: dict[str, int] = {
     "F16": 0x7C00,
     "BF16": 0x7F80,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxq.architecture.config import first_int
 from mlxq.errors import BadInputError
+from mlxq.files import refuse_pointer
 
 if TYPE_CHECKING:
     from mlxq.sources.base import ModelSource
@@ -64,6 +65,7 @@ def _json_sidecar(sidecars: Mapping[str, Path | bytes], name: str) -> dict[str, 
     if content is None:
         return {}
     raw = content if isinstance(content, bytes) else content.read_bytes()
+    refuse_pointer(name, raw)
     try:
         data = json.loads(raw)
     except ValueError as exc:
@@ -83,6 +85,7 @@ def encode_text(source: ModelSource, text: str) -> Encoding:
     from tokenizers import Tokenizer
 
     raw = content if isinstance(content, bytes) else content.read_bytes()
+    refuse_pointer("tokenizer.json", raw)
     try:
         tokenizer = Tokenizer.from_str(raw.decode("utf-8"))
     except Exception as exc:  # tokenizers raises bare Exception for whatever is wrong with the file.

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxq.architecture.token_ids import check_ids, rows_of
 from mlxq.calibration.streamed import StreamedModel
 from mlxq.calibration.text import SELF, TextInfo, TokenizedText, corpus_text, read_texts, sample_from, tokenize
 from mlxq.errors import BadInputError
+from mlxq.files import refuse_pointers
 from mlxq.recipe.load import Calibration
 from mlxq.sources.base import ModelSource
 
@@ -42,6 +44,7 @@ def calibration_text(calibration: Calibration, streamed: StreamedModel) -> Calib
     """
     with tokenizer_of(streamed.source) as tokenizer:
         text = _text(calibration, streamed, tokenizer)
+    check_ids(text.ids, rows_of(streamed.architecture), f"{streamed.source.name}: its tokenizer")
     ids = text.ids
     held_rows = min(len(ids) // HOLD_OUT_EVERY, HELD_OUT_TOKENS // SEQUENCE_TOKENS)
     held = {i * HOLD_OUT_EVERY + HOLD_OUT_EVERY - 1 for i in range(held_rows)} or {len(ids) - 1}
@@ -83,6 +86,7 @@ def tokenizer_of(source: ModelSource) -> Iterator[Any]:
 
     with tempfile.TemporaryDirectory(prefix="mlxq-tokenizer-") as temporary:
         folder = Path(temporary)
+        refuse_pointers(source.sidecars)
         for name, content in source.sidecars.items():
             (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
         try:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlxq.cli.options import DryRun, Force, Generate, Json, LowDisk, Output, Quiet, TrustRemoteCode
 
 if TYPE_CHECKING:
+    from mlxq.pipeline import Finished
     from mlxq.recipe.load import Recipe
 
 
@@ -84,7 +85,7 @@ def command(
     """
     from mlxq.cli.fetching import fetched, telling
     from mlxq.cli.writing import show_plan, write_model
-    from mlxq.errors import BadInputError, MlxqError
+    from mlxq.errors import BadInputError
     from mlxq.show.console import console
 
     console.use(quiet=quiet, as_json=as_json)
@@ -94,7 +95,7 @@ def command(
         from mlxq.machine.blas import load_blas
 
         load_blas()
-        from mlxq.pipeline import differing_files, prepare_locked
+        from mlxq.pipeline import prepare_locked
         from mlxq.writing.report import read_report
 
         recorded = read_report(locked)
@@ -156,15 +157,9 @@ def command(
         )
         return
     finished = write_model(plan, out, options, force=force, generate=generate, low_disk=low_disk)
-    if recorded is not None and (differing := differing_files(finished.report, recorded)):
-        theirs, ours = recorded["versions"], finished.report["versions"]
-        changed = [
-            f"{name} {theirs.get(name)}, here {ours.get(name)}" for name in ours if theirs.get(name) != ours[name]
-        ]
-        raise MlxqError(
-            f"{out} differs from what {locked} records in {', '.join(differing)}",
-            f"It was made with {'; '.join(changed)}." if changed else "The versions are the same: the source differs.",
-        )
+    if recorded is not None:
+        assert locked is not None
+        _compare_rebuilt(finished, recorded, locked)
     if plan.recipe.gates:
         from mlxq.cli.compare import check_recipe_gates
 
@@ -176,6 +171,24 @@ def command(
         from mlxq.cli.upload import publish_made
 
         publish_made(out, target)
+
+
+def _compare_rebuilt(finished: Finished, recorded: Mapping[str, Any], locked: Path) -> None:
+    """Say that a rebuilt folder holds the bytes that ``locked`` records. Raises MlxqError where it does not."""
+    from mlxq.errors import MlxqError
+    from mlxq.pipeline import compared_files
+    from mlxq.show.console import console
+
+    same, differing = compared_files(finished.report, recorded)
+    if not differing:
+        console.note(f"rebuilt: {len(same)} files, byte for byte as recorded in {locked}")
+        return
+    theirs, ours = recorded["versions"], finished.report["versions"]
+    changed = [f"{name} {theirs.get(name)}, here {ours.get(name)}" for name in ours if theirs.get(name) != ours[name]]
+    raise MlxqError(
+        f"{finished.out} differs from what {locked} records in {', '.join(differing)}",
+        f"It was made with {'; '.join(changed)}." if changed else "The versions are the same: the source differs.",
+    )
 
 
 def _check_together(

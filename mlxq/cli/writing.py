@@ -55,7 +55,7 @@ def write_model(
     low_disk: bool = False,
 ) -> Finished:
     """Run a plan with progress, then show the result and the line that tries it."""
-    from mlxq.pipeline import Finished, Resumed, check_output, run
+    from mlxq.pipeline import Finished, Remark, Resumed, check_output, run
     from mlxq.retry import Waiting
     from mlxq.show.plan_tables import plan_notes
     from mlxq.sources.download import Downloading
@@ -83,6 +83,8 @@ def write_model(
                     console.warn(f"{event.folder} held work on another plan; it was started afresh")
                 elif isinstance(event, Resumed):
                     console.note(f"continuing {event.folder}: {event.step_count} tensors were finished")
+                elif isinstance(event, Remark):
+                    console.warn(event.text)
                 elif isinstance(event, Waiting):
                     say_waiting(event)
                 elif isinstance(event, Downloading):

@@ -15,7 +15,9 @@ from typing import Any
 
 from mlxq import upstream
 from mlxq.architecture.opening import open_lazily
+from mlxq.architecture.token_ids import check_ids, rows_of_model
 from mlxq.errors import BadInputError, MlxqError
+from mlxq.files import refuse_pointers
 from mlxq.machine.child import Limits
 
 # Files that a tokenizer is made of; a folder without any has none.
@@ -30,7 +32,7 @@ class Opened:
 
     model: Any
     tokenizer: Any
-    rows: int
+    rows: int | None
 
 
 @dataclass(frozen=True)
@@ -63,13 +65,9 @@ def open_folder(folder: Path, *, trusted: bool = False) -> Opened:
 
     Raises BadInputError where ``mlx_lm`` cannot open the model or its tokenizer.
     """
-    from mlx.utils import tree_flatten
-
     model, config = open_lazily(folder, folder.name, trust_remote_code=trusted)
     tokenizer = open_tokenizer(folder, "its", trusted=trusted, eos_token_ids=config.get("eos_token_id"))
-    leaves = tree_flatten(model.leaf_modules(), is_leaf=lambda node: hasattr(node, "parameters"))
-    rows = [int(leaf.weight.shape[0]) for _, leaf in leaves if "Embedding" in type(leaf).__name__ and "weight" in leaf]
-    return Opened(model, tokenizer, max(rows, default=0))
+    return Opened(model, tokenizer, rows_of_model(model))
 
 
 def open_tokenizer(folder: Path, whose: str, *, trusted: bool = False, eos_token_ids: Any = None) -> Any:
@@ -79,6 +77,7 @@ def open_tokenizer(folder: Path, whose: str, *, trusted: bool = False, eos_token
     """
     if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
         raise BadInputError(f"{whose} tokenizer is missing: there are no tokenizer files", "Copy the original's here.")
+    refuse_pointers({file.name: file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)})
     try:
         return upstream.load_tokenizer(folder, trusted=trusted, eos_token_ids=eos_token_ids)
     except Exception as exc:  # Whatever a tokenizer's files make it raise means: does not load.
@@ -112,8 +111,7 @@ def prompt_tokens(
         raise MlxqError(f"{what} gives no list of token ids")
     if not tokens:
         raise MlxqError(f"{what} makes no tokens of the prompt")
-    if max(tokens) >= opened.rows:
-        raise MlxqError(f"{what} gives token id {max(tokens)}, and the model's embedding has {opened.rows} rows")
+    check_ids(tokens, opened.rows, what)
     return tokens
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mlxq.architecture.tokenizer import Encoding
     from mlxq.machine.devices import Device
     from mlxq.machine.memory import Fit
+    from mlxq.sources.soundness import Unsound
 
 
 def chosen_modules(found: Inspection, pattern: str | None) -> tuple[InspectedModule, ...]:
@@ -123,8 +124,9 @@ def inspection_facts(
     device: Device,
     fits: Sequence[tuple[str, Fit]],
     encoding: Encoding | None,
+    unsound: Sequence[Unsound] | None,
 ) -> dict[str, Any]:
-    """The inspection as data, for ``--json``."""
+    """The inspection as data, for ``--json``; ``unsound`` is None where the weights were not read."""
     facts = asdict(found)
     del facts["config"]
     facts["modules"] = [asdict(module) for module in modules]
@@ -135,4 +137,5 @@ def inspection_facts(
         "device": {**asdict(device), "usable_bytes": device.usable_bytes},
         "recipes": {name: asdict(reckoned) for name, reckoned in fits},
         "encoding": asdict(encoding) if encoding else None,
+        "unsound": None if unsound is None else [asdict(tensor) for tensor in unsound],
     }

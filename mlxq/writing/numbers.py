@@ -51,9 +51,7 @@ def damaged(spec: TensorSpec, rows: npt.NDArray[Any], dtype: str, start: int) ->
     )
 
 
-def spoilt(
-    step: Step, read: mx.array, cast: mx.array, parts: Mapping[str, mx.array], start: int
-) -> MlxqError | None:
+def spoilt(step: Step, read: mx.array, cast: mx.array, parts: Mapping[str, mx.array], start: int) -> MlxqError | None:
     """The error for rows of a step of which not all that is to be written are finite numbers, or None.
 
     ``read`` (rows, columns) are they in float32 before anything was done, ``cast`` in the step's dtype, and ``parts``
