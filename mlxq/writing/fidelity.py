@@ -8,15 +8,14 @@ What is allowed, as a root mean square over the elements x of a row (or of the t
   affine), times a factor, and three roundings of the group's largest number for scale, bias and product. Rounding to
   nearest (``rtn``) is off by half a gap; MLX moves the grid so that the end farther from zero is exact, which with 2
   bits costs up to another quarter: its factor is 3/4, held row by row. Other methods let some elements go further so
-  that outputs come nearer; errors fed back do not stop at half a gap. Theirs is 3/2, over the whole tensor, and never
-  an error as large as the tensor itself, which zeros would have.
+  that outputs come nearer; errors fed back do not stop at half a gap. Theirs is 3/2, over the whole tensor. No error
+  may be as large as the numbers themselves, which is what zeros would have.
 
 A mean error of rounding is 0.29 gaps; numbers of another row, module or model are off by several.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,7 +44,7 @@ _ROUNDED, _CHOSEN = 0.75, 1.5
 class TensorError:
     """How far a tensor is from the source's: ``error`` and ``allowed`` are relative to its root mean square.
 
-    ``row`` is one that is off by more than its share where ``within`` is False and rows are held singly.
+    Where it is not ``within`` what is allowed and rows are held singly, they are those of ``row``, the first such row.
     """
 
     path: str
@@ -58,9 +57,8 @@ class TensorError:
     def __str__(self) -> str:
         """In one clause."""
         where = f" in row {self.row:,}" if self.row is not None else ""
-        return (
-            f"{self.path} is off by {self.error:.3g} of its size{where}, and {self.stored_as} allows {self.allowed:.3g}"
-        )
+        allowed = f"{self.stored_as} allows {self.allowed:.3g}"
+        return f"{self.path} is off by {self.error:.3g} of its size{where}, where {allowed}"
 
 
 def errors_against(
@@ -167,26 +165,33 @@ def _error(written: ModelSource, original: _Original, name: str, fmt: Format | N
     spec = written.tensors[name]
     stored_as = f"{fmt.in_words()}, {'rounded' if rounded else 'chosen'}" if fmt else spec.dtype
     by_row = rounded or fmt is None
-    sums = np.zeros(3)
-    worst, worst_row = 0.0, 0
-    whole = spec.shape[-2] if len(spec.shape) > 2 else spec.rows
-    for first in range(0, max(spec.rows, 1), max(whole, 1)):
+    sums, worst, worst_row = np.zeros(3), np.zeros(3), None
+    # Experts have scales of their own.
+    stacked = len(spec.shape) > 2 and (fmt is not None or name.rpartition(".")[0] in original.stored)
+    whole = spec.shape[-2] if stacked else max(spec.rows, 1)
+    for first in range(0, spec.rows if spec.size else 0, whole):
         for begin, end in row_blocks(TensorSpec(name, "F32", (whole, *spec.shape[-1:]))):
             start, stop = first + begin, first + end
             now = _written_rows(written, name, fmt, start, stop, whole)
             was = original.rows(name, start, stop, whole)
-            row_sums = _row_sums(was, now, _allowed(was, original, name, spec, fmt, rounded))
-            ratio = np.sqrt(row_sums[0] / np.maximum(row_sums[1], 1e-300))
-            # A difference that is no number is larger than any.
-            ratio = np.where(np.isnan(row_sums[0]), np.inf, ratio)
-            if ratio.max() > worst:
-                worst, worst_row = float(ratio.max()), start + int(ratio.argmax())
-            sums += np.nansum(row_sums, axis=1)
-    size = math.sqrt(sums[2])
-    error, allowed = math.sqrt(sums[0]), math.sqrt(sums[1])
-    within = worst <= 1 if by_row else worst < math.inf and error <= (min(allowed, size) if size else allowed)
-    relative = (error / size, allowed / size) if size else (error, allowed)
-    return TensorError(name, stored_as, *relative, within, None if within or not by_row else worst_row)
+            found = _row_sums(was, now, _allowed(was, original, name, spec, fmt, rounded))
+            sums += found.sum(axis=1)
+            outside = np.flatnonzero(_outside(found))
+            if worst_row is None and outside.size:
+                worst_row, worst = start + int(outside[0]), found[:, outside[0]]
+    within = worst_row is None if by_row else not _outside(sums)
+    row = worst_row if by_row else None
+    error, allowed, size = map(float, np.sqrt(sums if row is None else worst))
+    return TensorError(name, stored_as, error / (size or 1.0), allowed / (size or 1.0), within, row)
+
+
+def _outside(sums: Any) -> Any:
+    """Whether an error is larger than is allowed, or than the numbers themselves; sums as of ``_row_sums``."""
+    import numpy as np
+
+    error, allowed, size = sums
+    # No number is less than NaN, which lets nothing pass.
+    return ~(error <= np.minimum(allowed, np.maximum(size, _LEAST_SCALE**2)))
 
 
 def _row_sums(was: mx.array, now: mx.array, allowed: mx.array) -> Any:
@@ -229,7 +234,11 @@ def _allowed(
         share = (_ROUNDED if rounded else _CHOSEN) * fmt.steps(was) + 3 * _UNIT_ROUNDOFF["BF16"] * grouped
         return mx.repeat(share + _LEAST_SCALE, fmt.group_size, axis=-1)
     unit = _UNIT_ROUNDOFF.get(spec.dtype, 0.0)
-    if name.rpartition(".")[0] in original.stored:
+    module = name.rpartition(".")[0]
+    if module in original.stored:
+        # MLX makes numbers of codes in the dtype of the scales.
+        scales = original.specs[f"{module}.scales"].dtype
+        unit = max(unit, _UNIT_ROUNDOFF.get(scales, 0.0))
         return 3 * unit * mx.abs(was).max(-1, keepdims=True) + _LEAST.get(spec.dtype, 0.0)
     source = original.specs[name].dtype
     as_wide = source == spec.dtype or source not in FLOAT_DTYPES or DTYPE_BITS[source] < DTYPE_BITS[spec.dtype]
