@@ -18,7 +18,7 @@ from mlxq.arrays import NOT_FINITE, nan_and_infinity, rows_finite
 from mlxq.cli import app
 from mlxq.errors import BadInputError, MlxqError
 from mlxq.files import refuse_pointers
-from mlxq.pipeline import Options, Remark, prepare, run
+from mlxq.pipeline import Remark, prepare, run
 from mlxq.planning.plan import Stored
 from mlxq.recipe.load import recipe_from_dict
 from mlxq.sources.resolve import resolve
@@ -34,7 +34,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 
 def make(recipe: dict[str, Any], model: Path, out: Path, stored: Stored = Stored.AS_IS) -> Path:
-    list(run(prepare(recipe_from_dict(recipe, "made"), str(model), Options(stored)), out, Options(stored)))
+    list(run(prepare(recipe_from_dict(recipe, "made"), resolve(str(model)), stored), out))
     return out
 
 
@@ -321,8 +321,8 @@ def test_a_token_that_text_can_come_to_must_have_a_row(tmp_path: Path) -> None:
 def test_a_special_token_without_a_row_is_said_and_no_more(tmp_path: Path) -> None:
     source = llama(tmp_path / "model")
     grown_tokenizer(source, special=True)
-    plan = prepare(recipe_from_dict({"default": {"bits": 4}}, "made"), str(source), Options())
-    remarks = [event.text for event in run(plan, tmp_path / "out", Options()) if isinstance(event, Remark)]
+    plan = prepare(recipe_from_dict({"default": {"bits": 4}}, "made"), resolve(str(source)))
+    remarks = [event.text for event in run(plan, tmp_path / "out") if isinstance(event, Remark)]
     assert "'<image>'" in remarks[0]
     assert remarks[0] in json.loads((tmp_path / "out" / "mlxq.json").read_text())["notes"]
     found = check_tokenizer(tmp_path / "out", VOCABULARY)

@@ -46,12 +46,15 @@ def command(
 
     Example: mlxq inspect ./my-model --device mac-m4 --context 8192
     """
-    from mlxq.cli.fetching import telling
+    from mlxq.cli.fetching import find_model
     from mlxq.errors import BadInputError
+    from mlxq.recipe.match import check_pattern
     from mlxq.show.console import console
-    from mlxq.sources.resolve import resolve
 
     console.use(quiet=quiet, as_json=as_json)
+    check_pattern(why, "--why")
+    if match is not None:
+        check_pattern(match, "--match")
     if recipe is None and why != "*":
         raise BadInputError("--why explains what a recipe decides", "Add --recipe.")
     if recipe is not None:
@@ -61,7 +64,7 @@ def command(
                 "Leave them out, or leave out --recipe.",
             )
         from mlxq.cli.writing import show_plan
-        from mlxq.machine.blas import load_blas
+        from mlxq.machine.backend import start_mlx
         from mlxq.recipe.load import load_recipe
 
         loaded = load_recipe(recipe)
@@ -70,13 +73,11 @@ def command(
                 f"what recipe {loaded.name} does with its budget shows only after calibration",
                 f"mlxq quantize {recipe} --model {model} --dry-run calibrates and shows the plan.",
             )
-        load_blas()
-        from mlxq.pipeline import Options, default_output, prepare
+        start_mlx()
+        from mlxq.pipeline import default_output, prepare
         from mlxq.planning.plan import Stored
 
-        options = Options(Stored.REQUANTIZE, trust_remote_code)
-        with telling() as tell:
-            plan = prepare(loaded, model, options, on_event=tell)
+        plan = prepare(loaded, find_model(model, trusted=trust_remote_code), Stored.REQUANTIZE)
         show_plan(plan, out=default_output(loaded, model), why=why)
         return
     from mlxq.architecture.estimate import estimate
@@ -87,9 +88,8 @@ def command(
     from mlxq.recipe.load import shipped_recipes
     from mlxq.show import inspection_tables, verify_tables
 
-    with telling() as tell:
-        source = resolve(model, tokenizer=text is not None, trusted=trust_remote_code, on_event=tell)
-    unsound = _read_through(source, model) if check else None
+    source = find_model(model, trusted=trust_remote_code, tokenizer=text is not None)
+    unsound = _read_through(source) if check else None
     machine = find_device(device) if device else this_machine()
     found = inspect_model(source, context)
     encoding = encode_text(source, text) if text is not None else None
@@ -116,17 +116,14 @@ def command(
     _refuse(unsound, model)
 
 
-def _read_through(source: ModelSource, name: str) -> tuple[Unsound, ...]:
+def _read_through(source: ModelSource) -> tuple[Unsound, ...]:
     """The tensors with NaN or infinity, with progress; a model on the Hub is fetched first."""
-    from mlxq.cli.fetching import bring_here
+    from mlxq.cli.fetching import brought
     from mlxq.show.meters import progress
-    from mlxq.sources.resolve import resolve
     from mlxq.sources.soundness import Unsound, read_through
     from mlxq.writing.verify import scale_codes
 
-    if source.remote is not None:
-        bring_here(name)
-        source = resolve(name, trusted=source.trusted)
+    source = brought(source)
     found = []
     with progress("Reading") as meter:
         for event in read_through(source, scale_codes(source)):

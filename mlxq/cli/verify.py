@@ -33,15 +33,16 @@ def command(
 
     Example: mlxq verify ./my-model-4bit --source ./my-model
     """
+    from mlxq.cli.fetching import brought, find_model
     from mlxq.errors import MlxqError
-    from mlxq.machine.blas import load_blas
+    from mlxq.machine.backend import start_mlx
     from mlxq.show.console import console
 
     console.use(quiet=quiet, as_json=as_json)
-    load_blas()
+    start_mlx()
     from mlxq.show import verify_tables
 
-    original = _found(source, trusted=trust_remote_code) if source is not None else None
+    original = brought(find_model(source, trusted=trust_remote_code)) if source is not None else None
     checks, errors = _run(folder, original, trusted=trust_remote_code)
     faults = [fault for check in checks for fault in check.faults]
     if console.as_json:
@@ -55,19 +56,6 @@ def command(
         raise MlxqError("\n".join(f"{folder}: {fault}" for fault in faults))
     if not console.as_json:
         console.text(verify_tables.verdict(folder, checks, errors))
-
-
-def _found(name: str, *, trusted: bool) -> ModelSource:
-    """The model that ``--source`` names, its weights here."""
-    from mlxq.cli.fetching import bring_here, telling
-    from mlxq.sources.resolve import resolve
-
-    with telling() as tell:
-        source = resolve(name, trusted=trusted, on_event=tell)
-    if source.remote is None:
-        return source
-    bring_here(name)
-    return resolve(name, trusted=trusted)
 
 
 def _run(folder: Path, source: ModelSource | None, *, trusted: bool) -> tuple[list[Check], list[TensorError]]:

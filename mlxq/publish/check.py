@@ -11,7 +11,7 @@ from typing import Any
 from mlxq.errors import BadInputError
 from mlxq.recipe.target import Target, target_faults
 from mlxq.writing import contract
-from mlxq.writing.report import FILE_NAME, hash_files, read_report
+from mlxq.writing.report import FILE_NAME, check_trust, hash_files, read_report
 from mlxq.writing.verify import DRAWN, foreign_files, recorded_faults, standing_faults
 
 # What mlx-lm would load beside the new weights, were it left from an earlier upload.
@@ -40,11 +40,12 @@ def check_target(target: Target) -> None:
         raise BadInputError("\n".join(faults))
 
 
-def check_folder(folder: Path, *, force: bool = False) -> Checked:
+def check_folder(folder: Path, *, force: bool = False, trusted: bool = False) -> Checked:
     """Prove that ``folder`` holds a whole model, as mlxq made it: every file, every hash, and that it loads.
 
-    The card is excused: a person may edit it. Raises BadInputError with every problem; ``force`` lets all pass but
-    a missing ``mlxq.json``, without which there is nothing to publish by.
+    The card is excused: a person may edit it. Code of the model's own runs only where it is ``trusted``, and without
+    trust a model that was made with it is refused. Raises BadInputError with every problem; ``force`` lets all pass
+    but a missing ``mlxq.json``, without which there is nothing to publish by.
     """
     if not (folder / FILE_NAME).is_file():
         unfinished = folder.name.endswith(".partial") or folder.with_name(folder.name + ".partial").is_dir()
@@ -55,12 +56,13 @@ def check_folder(folder: Path, *, force: bool = False) -> Checked:
             else "Name the folder that mlxq quantize or mlxq convert wrote.",
         )
     report = read_report(folder / FILE_NAME)
+    check_trust(report, str(folder), trusted=trusted)
     recorded: dict[str, dict[str, Any]] = report["files"]
     found = hash_files(folder)
     problems = list(recorded_faults(report, found))
     if not problems or force:
         # Bytes that are those recorded hold the numbers that were looked at when they were written.
-        problems += standing_faults(folder, trusted=bool(report["options"].get("trust_remote_code")))
+        problems += standing_faults(folder, trusted=trusted)
     if problems and not force:
         raise BadInputError(
             "\n".join(f"{folder}: {problem}" for problem in problems),

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.architecture.token_ids import sorted_out
+from mlxq.architecture.tokenizer import open_tokenizer
 from mlxq.machine.child import Limits, run_child
-from mlxq.running.opened import Opened, open_tokenizer, prompt_tokens
+from mlxq.running.opened import Opened, prompt_tokens
 
 # The libraries that a tokenizer needs take seconds to load, the largest vocabularies a few more.
 _LIMITS = Limits(120.0, 6_000_000_000)

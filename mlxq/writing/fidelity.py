@@ -127,7 +127,7 @@ class _Original:
         if self._leaves is None:
             folder = self.source.weights_folder
             assert folder is not None, "only folders mlx_lm can open are assembled"
-            model, _ = open_lazily(folder, self.source.name, trust_remote_code=self.source.trusted)
+            model, _ = open_lazily(folder, self.source.name, trusted=self.source.trusted)
             self._leaves = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
             self._leaves |= dict(tree_flatten(model.parameters()))
         module, _, part = path.rpartition(".")

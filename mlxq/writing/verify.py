@@ -23,6 +23,7 @@ from mlxq.metrics.size import measure_size
 from mlxq.planning.plan import Plan
 from mlxq.running.tokenizer import try_tokenizer
 from mlxq.sources.base import ModelSource
+from mlxq.sources.front_matter import FILE_NAME as CARD
 from mlxq.sources.safetensors import open_folder
 from mlxq.sources.soundness import Read, Unsound, read_through
 from mlxq.writing.contract import WEIGHTS, config_faults, index_faults, tensors_of
@@ -30,7 +31,7 @@ from mlxq.writing.fidelity import TensorError, errors_against
 from mlxq.writing.report import FILE_NAME, hash_files, read_report
 
 # Written anew at each upload, so what their hashes were says nothing.
-CARD, PLOT = "README.md", "mlxq-comparison.png"
+PLOT = "mlxq-comparison.png"
 DRAWN = (CARD, PLOT)
 
 
@@ -92,7 +93,7 @@ def check_files(folder: Path, report: Mapping[str, Any] | None) -> Check:
 
 def _pointers(folder: Path) -> tuple[str, ...]:
     faults = []
-    for file in sorted(file for file in folder.iterdir() if file.is_file()):
+    for file in sorted(file for file in folder.rglob("*") if file.is_file()):
         try:
             refuse_pointers({file.name: file})
         except BadInputError as error:
@@ -146,7 +147,7 @@ def check_model(folder: Path, *, trusted: bool = False) -> tuple[Check, int | No
     from mlx.utils import tree_flatten
 
     try:
-        model, config = open_lazily(folder, str(folder), trust_remote_code=trusted)
+        model, config = open_lazily(folder, str(folder), trusted=trusted)
     except MlxqError as error:
         return Check("model", "does not open", (f"it does not load: {error.message}",)), None
     paths = {path for path, _ in tree_flatten(model.leaf_modules(), is_leaf=lambda node: hasattr(node, "parameters"))}
@@ -215,7 +216,7 @@ def check_against(
     yield Check("source", f"{len(found):,} tensors against {source.name}, {exact:,} of them equal", faults)
 
 
-def check_written(plan: Plan, folder: Path, *, trusted: bool = False) -> None:
+def check_written(plan: Plan, folder: Path) -> None:
     """Check what a run has just written against its plan: sizes, headers, contract, and that ``mlx_lm`` takes it.
 
     Raises MlxqError at the first fault.
@@ -229,7 +230,7 @@ def check_written(plan: Plan, folder: Path, *, trusted: bool = False) -> None:
     if found != planned:
         wrong = sorted(set(found.items()) ^ set(planned.items()), key=lambda item: item[0])[0][0]
         raise MlxqError(f"{folder}: tensor {wrong} is not what was planned")
-    if faults := standing_faults(folder, trusted=trusted):
+    if faults := standing_faults(folder, trusted=plan.source.trusted):
         raise MlxqError(f"the output is not whole: {faults[0]}", f"It is kept in {folder} for a look.")
 
 
