@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mlxq.comparison.measure import Progress as Measuring
     from mlxq.machine.devices import Device
     from mlxq.machine.memory import Fit
-    from mlxq.pipeline import Allocated, Finished, Resumed
+    from mlxq.pipeline import Allocated, Finished, Remark, Resumed
     from mlxq.planning.plan import Plan, Stored
     from mlxq.publish.check import Checked
     from mlxq.publish.publish import Doing, Published
@@ -39,7 +39,17 @@ if TYPE_CHECKING:
     from mlxq.writing.execute import Progress
 
     Event: TypeAlias = (
-        Waiting | Fetching | Downloading | Scoring | Resumed | Progress | Measuring | Comparison | Checked | Doing
+        Waiting
+        | Fetching
+        | Downloading
+        | Scoring
+        | Remark
+        | Resumed
+        | Progress
+        | Measuring
+        | Comparison
+        | Checked
+        | Doing
     )
 
 OnEvent: TypeAlias = "Callable[[Event], None]"

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxq.cli.fetching import brought
+from mlxq.cli.fetching import brought_for
 from mlxq.show.console import console
 from mlxq.show.watch import watching
 
@@ -50,7 +50,7 @@ def write_model(plan: Plan, out: Path, *, force: bool, generate: bool, low_disk:
     if low_disk and plan.source.remote is None:
         console.note(f"{plan.source.name} is on this disk already, so --low-disk changes nothing")
     if not low_disk:
-        plan = brought(plan, out)
+        plan = brought_for(plan, out)
     partial = out.with_name(out.name + ".partial")
     try:
         with watching(f"Writing {out.name}") as tell:

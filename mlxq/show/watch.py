@@ -50,7 +50,7 @@ class _Watcher:
         from mlxq.budget.spend import Scoring
         from mlxq.comparison.measure import Comparison
         from mlxq.comparison.measure import Progress as Measuring
-        from mlxq.pipeline import Resumed
+        from mlxq.pipeline import Remark, Resumed
         from mlxq.publish.check import Checked
         from mlxq.publish.publish import Doing
         from mlxq.retry import Waiting
@@ -64,6 +64,7 @@ class _Watcher:
             Downloading: self._downloading,
             Written: self._written,
             Resumed: self._resumed,
+            Remark: lambda e: console.warn(e.text),
             Scoring: self._scoring,
             Measuring: lambda e: self._stages("Comparing").update(f"{e.stage}: {e.model}", e.done, e.total, e.eta_s),
             Comparison: self._compared,
