@@ -126,7 +126,9 @@ def open_tokenizer(folder: Path, whose: str, *, trusted: bool = False, eos_token
     BadInputError where there is none or it does not load.
     """
     if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
-        raise BadInputError(f"{whose} tokenizer is missing: there are no tokenizer files", "Copy the original's here.")
+        raise BadInputError(
+            f"{whose} tokenizer is missing: there are no tokenizer files", "Add the original's tokenizer files."
+        )
     try:
         return upstream.load_tokenizer(folder, trusted=trusted, eos_token_ids=eos_token_ids)
     except Exception as exc:  # Whatever a tokenizer's files make it raise means: does not load.

@@ -14,6 +14,7 @@ from mlxq.architecture.bind import Architecture
 from mlxq.methods.formats import Format
 from mlxq.recipe.model import Calibration, Recipe
 from mlxq.sources.base import ModelSource
+from mlxq.sources.belongings import described
 from mlxq.tensors import TensorSpec
 
 
@@ -192,7 +193,11 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know before it runs, one line each."""
-        return (*self.remarks, *(f"{d.path}: {d.note}" for d in self.decisions if d.note))
+        return (
+            *self.remarks,
+            *described(self.source.left_behind),
+            *(f"{d.path}: {d.note}" for d in self.decisions if d.note),
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 over all that determines the bytes written: headers, sources, casts and formats."""

@@ -87,7 +87,7 @@ def check_folder(folder: Path, *, force: bool = False, trusted: bool = False) ->
 
 
 def _plot(report: Mapping[str, Any]) -> bytes | None:
-    from mlxq.comparison import charts
+    from mlxq.writing import pictures
 
     measured = report.get("comparison")
-    return charts.as_png(charts.one_model(measured)) if measured and "kl_histogram" in measured else None
+    return pictures.as_png(pictures.one_model(measured)) if measured and "kl_histogram" in measured else None

@@ -45,6 +45,13 @@ SPEED_METRICS = (
 CPU_SETTINGS = SpeedSettings(prompt_tokens=32, generation_tokens=8, trials=3, budget_s=30.0)
 
 
+def usual_settings() -> SpeedSettings:
+    """The lengths that suit this machine."""
+    from mlxq.metrics.forward import on_cpu
+
+    return CPU_SETTINGS if on_cpu() else SpeedSettings()
+
+
 @dataclass(frozen=True)
 class Answer:
     """A greedy answer to a prompt; tokens/sec of its generation and the peak memory of making it."""

@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from mlxq.sources.remote import HubModel
 
 
-# Where transformers looks for chat templates beside the default one; the only folder that travels with a model.
-TEMPLATES = "additional_chat_templates"
-
-
 class ModelSource(Protocol):
     """A model known by its headers, here or on the Hub. Building one reads no weights."""
 
@@ -89,6 +85,14 @@ class ModelSource(Protocol):
     @property
     def card(self) -> SourceCard:
         """What a new model card takes over: licence, languages, tags."""
+
+    @property
+    def left_behind(self) -> Mapping[str, str]:
+        """Files and folders beside the weights that do not travel: name -> why."""
+
+    @property
+    def own_recipe(self) -> str | None:
+        """A recipe, as YAML, that follows the types of the stored blocks; None where there are none."""
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows ``start:stop`` of a tensor seen as a (rows, last axis) matrix.

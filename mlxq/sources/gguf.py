@@ -105,6 +105,16 @@ class GGUFSource:
         """What the metadata gives a new card."""
         return card_of_gguf(self.header.metadata)
 
+    @property
+    def left_behind(self) -> Mapping[str, str]:
+        """Nothing: the file is all there is."""
+        return {}
+
+    @property
+    def own_recipe(self) -> str:
+        """See ``recipe_yaml_from_gguf``."""
+        return recipe_yaml_from_gguf(self)
+
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows ``start:stop`` of tensor ``name``, dequantized to float32; see ``ModelSource.read_rows``."""
         import numpy as np

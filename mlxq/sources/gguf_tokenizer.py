@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mlxq.errors import BadInputError
-from mlxq.sources.base import TEMPLATES
+from mlxq.sources.belongings import TEMPLATES
 from mlxq.sources.gguf_pre_tokenizers import pre_tokenizer
 
 # ``gguf.TokenType``: what a vocabulary entry is.

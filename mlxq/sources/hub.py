@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from mlxq.errors import BadInputError
 from mlxq.headers import read_json
 from mlxq.retry import Waiting
-from mlxq.sources.base import TEMPLATES
+from mlxq.sources.belongings import READ, TEMPLATES, left_behind, travels
 from mlxq.sources.gguf_parts import models_in, parts_of
 from mlxq.sources.hub_errors import hub_api, not_cached
 from mlxq.sources.hub_files import Asking, cached_file, download_small, read_header
@@ -30,20 +30,6 @@ from mlxq.sources.safetensors import SafetensorsFolder, open_folder
 if TYPE_CHECKING:
     from mlxq.sources.gguf import GGUFSource
 
-# Files that travel with the weights, at the top of a repository: what mlx_lm fetches, and licences.
-COMPANIONS = (
-    "*.json",
-    "*.jsonl",
-    "*.jinja",
-    "*.model",
-    "*.tiktoken",
-    "*.txt",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "README.md",
-)
-CODE = "*.py"
 INDEX = "model.safetensors.index.json"
 # What the headers are read together with; a tokenizer settings file can have a megabyte of added tokens.
 _SMALL_FILES = (
@@ -83,8 +69,16 @@ def open_hub(
     gguf = weights[0].endswith(".gguf")
     companions = [] if gguf else [n for n in files if _travels(n, trusted=trusted)]
     weight_files, companion_files = (tuple(RemoteFile(n, files[n]) for n in names) for names in (weights, companions))
+    not_taken = {} if gguf else left_behind(files, weights, trusted=trusted)
     remote = HubModel(
-        reference.repo, reference.revision or "main", commit, weight_files, companion_files, trusted, Scratch()
+        reference.repo,
+        reference.revision or "main",
+        commit,
+        weight_files,
+        companion_files,
+        not_taken,
+        trusted,
+        Scratch(),
     )
     here = {n: path for n in (*weights, *companions) if (path := cached_file(reference.repo, n, commit)) is not None}
     if all(name in here for name in (*weights, *companions)):
@@ -140,8 +134,8 @@ def _open(remote: HubModel, name: str) -> SafetensorsFolder | GGUFSource:
             from mlxq.sources.gguf import open_gguf
 
             return replace(open_gguf(remote.folder / Path(remote.weights[0].name).name, name), revision=remote.commit)
-        found = open_folder(remote.folder, name, trusted=remote.trusted)
-        return replace(found, base_model=remote.repo, revision=remote.commit)
+        found = open_folder(remote.folder, name, trusted=remote.trusted, scratch=remote.scratch)
+        return replace(found, base_model=remote.repo, revision=remote.commit, not_taken=remote.not_taken)
     except BadInputError as exc:
         raise BadInputError(exc.message.replace(str(remote.folder), remote.repo), exc.hint) from exc
 
@@ -241,12 +235,8 @@ def _indexed(asking: Asking, commit: str, files: Mapping[str, int]) -> list[str]
 
 
 def _travels(name: str, *, trusted: bool) -> bool:
-    """Is this a file that goes with the weights?"""
-    if _is_template(name):
-        return True
-    if "/" in name or (name.endswith(".index.json") and name != INDEX) or name == "mlxq.json":
-        return False
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*COMPANIONS, *([CODE] if trusted else ())))
+    """Is this a file that is fetched with the weights?"""
+    return name in READ or travels(name, trusted=trusted)
 
 
 def _is_template(name: str) -> bool:

@@ -16,7 +16,8 @@ from mlxq.files import sha256_file
 from mlxq.headers import encode_header, read_json
 from mlxq.metrics.size import Size
 from mlxq.planning.plan import Decision, Plan
-from mlxq.sources.base import TEMPLATES, ModelSource
+from mlxq.sources.base import ModelSource
+from mlxq.sources.belongings import TEMPLATES
 
 FILE_NAME = "mlxq.json"
 SCHEMA_VERSION = 1
@@ -49,6 +50,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "modules": [_module(decision) for decision in plan.decisions],
         "left_out": [asdict(part) for part in plan.architecture.left_out],
+        "left_behind": dict(plan.source.left_behind),
         "notes": list(plan.notes),
         "budget": plan.spending,
     }
@@ -88,6 +90,7 @@ def build_report(
         "options": plan.options,
         "modules": facts["modules"],
         "left_out": facts["left_out"],
+        "left_behind": facts["left_behind"],
         "notes": facts["notes"],
         "budget": facts["budget"],
         "metrics": {
