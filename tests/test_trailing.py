@@ -66,8 +66,13 @@ def test_what_is_read_back_and_synced_in_pieces_is_hashed_whole(
 def test_where_the_disk_loses_bytes_nothing_of_the_journal_is_relied_on(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lost(_: int) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    (shard,) = plan.shards
+    fsync = os.fsync
+
+    def lost(descriptor: int) -> None:
+        if os.fstat(descriptor).st_size == shard.nbytes:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(descriptor)
 
     with monkeypatch.context() as broken:
         broken.setattr(os, "fsync", lost)

@@ -55,14 +55,15 @@ def write_model(
     low_disk: bool = False,
 ) -> Finished:
     """Run a plan with progress, then show the result and the line that tries it."""
-    from mlxq.pipeline import Finished, Resumed, check_output, run
+    from mlxq.pipeline import Finished, Resumed, run
     from mlxq.retry import Waiting
     from mlxq.show.plan_tables import plan_notes
     from mlxq.sources.download import Downloading
     from mlxq.writing.execute import Progress
+    from mlxq.writing.standing import check_output, partial_of
 
     began = time.perf_counter()
-    check_output(plan, out, force=force)
+    check_output(plan.source, out, force=force)
     for line in plan_notes(plan):
         console.note(line)
     if low_disk and plan.source.remote is None:
@@ -71,7 +72,7 @@ def write_model(
         plan = fetched(plan, out, options)
     finished: Finished | None = None
     written = 0
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     try:
         with interrupts() as stop_if_pressed, progress(f"Writing {out.name}") as meter:
             for event in run(plan, out, options, force=force, low_disk=low_disk):
@@ -80,7 +81,7 @@ def write_model(
                     written = event.written_bytes
                     meter.update(event.written_bytes, event.total_bytes, event.finished)
                 elif isinstance(event, Resumed) and event.discarded:
-                    console.warn(f"{event.folder} held work on another plan; it was started afresh")
+                    console.warn(f"{event.folder} held {event.discarded}; it was started afresh")
                 elif isinstance(event, Resumed):
                     console.note(f"continuing {event.folder}: {event.step_count} tensors were finished")
                 elif isinstance(event, Waiting):

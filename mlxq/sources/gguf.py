@@ -6,12 +6,13 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError
+from mlxq.files import FileState, states_of
 from mlxq.methods.formats import AFFINE, Format
 from mlxq.recipe.match import layer_index
 from mlxq.sources.gguf_blocks import REPACKABLE, nearest_format, repack
@@ -66,6 +67,7 @@ class GGUFSource:
     weights_folder: Path | None = None
     remote: HubModel | None = None
     scratch: Scratch | None = None
+    as_opened: Mapping[Path, FileState] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -179,6 +181,7 @@ def open_gguf(path: Path, name: str) -> GGUFSource:
     Raises BadInputError where it is not GGUF, cut short, one part of several, of an architecture, tensor type or
     tokenizer that can't be rebuilt, or lacks what the model needs.
     """
+    before = states_of([path])
     header = read_gguf_header(path)
     if header.metadata.get("split.count", 0) > 1:
         raise BadInputError(
@@ -197,7 +200,7 @@ def open_gguf(path: Path, name: str) -> GGUFSource:
             if stored.name != ROPE_FREQUENCIES
         )
     }
-    return GGUFSource(name, header, config, bound, _base_model(header))
+    return GGUFSource(name, header, config, bound, _base_model(header), as_opened=before)
 
 
 def recipe_yaml_from_gguf(source: GGUFSource) -> str:

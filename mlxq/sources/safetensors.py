@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError
+from mlxq.files import FileState, states_of
 from mlxq.headers import StoredTensor, read_file_header, read_json
 from mlxq.sources.quantization import Quantization, believed, stated_quantization
+from mlxq.sources.unchanged import files_of
 from mlxq.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -92,6 +94,7 @@ class SafetensorsFolder:
     kind: str = "safetensors"
     remote: HubModel | None = None
     scratch: Scratch | None = None
+    as_opened: Mapping[Path, FileState] = field(default_factory=dict)
 
     @property
     def weights_folder(self) -> Path:
@@ -173,6 +176,7 @@ def open_folder(folder: Path, name: str, *, trusted: bool = False) -> Safetensor
         if any(folder.glob("*.gguf")):
             hint = f"It holds GGUF files; name one of them, such as {next(iter(sorted(folder.glob('*.gguf'))))}."
         raise BadInputError(f"{folder} is not a model folder: it has no config.json", hint)
+    before = states_of(file for pattern in ("*", "*/*") for file in folder.glob(pattern))
     config = read_json(config_file)
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
@@ -204,4 +208,5 @@ def open_folder(folder: Path, name: str, *, trusted: bool = False) -> Safetensor
             stored[tensor.spec.name] = tensor
     if not stored:
         raise BadInputError(f"{folder} holds no tensors")
-    return SafetensorsFolder(name, folder, believed(config, stored), stored, trusted=trusted)
+    source = SafetensorsFolder(name, folder, believed(config, stored), stored, trusted=trusted)
+    return replace(source, as_opened={file: before[file] for file in files_of(source) if file in before})
