@@ -1,4 +1,4 @@
-"""Files that must be whole: their hash, what tells that they changed, and the one step in which they take their name."""
+"""Files that must be whole: their hash, what tells of a change, and the one step in which they take their name."""
 
 from __future__ import annotations
 
@@ -63,8 +63,11 @@ def rename_durably(written: Path, file: Path) -> None:
 def write_durably(file: Path, content: bytes) -> None:
     """Write a file so that a reader, and power loss, find the old one or the new one, never half."""
     temporary = file.with_name(file.name + NEW)
-    temporary.write_bytes(content)
-    rename_durably(temporary, file)
+    try:
+        temporary.write_bytes(content)
+        rename_durably(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def make_folder_durably(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is not mlxq's stays: other people's folders, the source under any name, and the old model until the new stands."""
+"""What is not mlxq's stays: other people's folders, the source under any name, the old model until a new one stands."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_an_empty_folder_and_one_with_a_spoilt_journal_of_ours_are_used(
     first, *_ = run(plan, tmp_path / "out", OPTIONS)
     assert isinstance(first, Resumed) == (journal == b"{broken")
     if isinstance(first, Resumed):
-        assert first.discarded == "a damaged journal"
+        assert first.discarded == "a journal that cannot be relied on"
     assert (tmp_path / "out" / "mlxq.json").is_file()
     assert not (tmp_path / "out.partial").exists()
 

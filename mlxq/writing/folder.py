@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from mlxq.errors import BadInputError, MlxqError
+from mlxq.errors import MlxqError
 from mlxq.files import sync, sync_file, sync_folder
 from mlxq.planning.layout import config_text
 from mlxq.planning.plan import Plan, Shard
 from mlxq.writing.journal import Journal
-from mlxq.writing.standing import MODEL, SOURCE, check_output, partial_of, replaced_of
+from mlxq.writing.standing import MODEL, SOURCE, check_output, left_aside, partial_of, replaced_of
 from mlxq.writing.trailing import Trailing
 
 
@@ -102,7 +102,9 @@ class PartialFolder:
             return Found(entries.finished | _on_disk(self.plan, entries.synced), None)
         if not begun or entries.plan == fingerprint:
             return Found(frozenset(), None)
-        return Found(frozenset(), "a damaged journal" if entries.plan is None else "work on another plan")
+        return Found(
+            frozenset(), "a journal that cannot be relied on" if entries.plan is None else "work on another plan"
+        )
 
     def _preallocate(self) -> None:
         """Give every shard its full size and its header now, so that a full disk shows before any work."""
@@ -197,8 +199,9 @@ class PartialFolder:
         check_output(self.plan.source, self.out, force=self.force)
         old = self._put_aside()
         self.folder.rename(self.out)
-        sync_folder(self.place)
+        # Where it went first: a file system may bring the two to the disk apart.
         sync_folder(self.out.parent)
+        sync_folder(self.place)
         if old is not None:
             shutil.rmtree(old)
         if self.source_folder.is_dir():
@@ -206,19 +209,13 @@ class PartialFolder:
         self._journal.remove()
 
     def _put_aside(self) -> Path | None:
-        """Rename what stands at ``out``; returns what is to be removed once the new model stands there.
-
-        A run that was killed between the two renames has left it under that name, and its inode in the journal.
-        """
-        old, inode = replaced_of(self.out), self._journal.entries.replacing
-        left = os.path.lexists(old)
-        if left and old.lstat().st_ino != inode:
-            raise BadInputError(f"{old} is in the way", "Move it away; the same command then goes on.")
+        """Rename what stands at ``out``; returns what is to be removed once the new model stands there."""
+        old, left = replaced_of(self.out), left_aside(self.out)
         if not self.out.exists():
             return old if left else None
         if left:
             shutil.rmtree(old)
-        self._journal.note(replacing=self.out.stat().st_ino)
+        self._journal.note(replacing=True)
         self._journal.sync()
         self.out.rename(old)
         sync_folder(self.out.parent)

@@ -34,14 +34,14 @@ class Entries:
 
     ``plan`` is the fingerprint of the plan, None where the first line is none of mlxq's. ``finished`` are steps that
     this boot of the machine has seen written; ``synced`` says how many bytes from the start of each shard are on the
-    disk for certain. ``replacing`` is the inode of the folder that was about to be replaced, if one was.
-    ``whole_bytes`` is where the last line ends that can be read.
+    disk for certain. ``replacing`` says that an older model was being put aside. ``whole_bytes`` is where the last
+    line ends that can be read.
     """
 
     plan: str | None = None
     finished: frozenset[str] = frozenset()
     synced: Mapping[str, int] = field(default_factory=dict)
-    replacing: int | None = None
+    replacing: bool = False
     whole_bytes: int = 0
 
 
@@ -78,8 +78,8 @@ class Journal:
         os.ftruncate(self._descriptor, 0 if afresh else self.entries.whole_bytes)
         if afresh:
             self.note(plan=plan)
-            if self.entries.replacing is not None:
-                self.note(replacing=self.entries.replacing)
+            if self.entries.replacing:
+                self.note(replacing=True)
         self.note(boot=boot_id())
         self.sync()
         sync_folder(self.file.parent)
@@ -122,7 +122,7 @@ class Journal:
 
 def read_entries(file: Path) -> Entries:
     """Read a journal as far as its lines are whole: a crash may cut off the last, power loss may spoil any."""
-    plan, replacing, whole = None, None, 0
+    plan, replacing, whole = None, False, 0
     finished: set[str] = set()
     synced: dict[str, int] = {}
     this_boot = False
@@ -141,8 +141,8 @@ def read_entries(file: Path) -> Entries:
             finished.add(line["step"])
         elif isinstance(line.get("synced"), str) and isinstance(line.get("bytes"), int):
             synced[line["synced"]] = max(line["bytes"], synced.get(line["synced"], 0))
-        elif isinstance(line.get("replacing"), int):
-            replacing = line["replacing"]
+        elif line.get("replacing") is True:
+            replacing = True
     return Entries(plan, frozenset(finished), synced, replacing, whole)
 
 

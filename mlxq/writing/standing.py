@@ -79,6 +79,19 @@ def check_output(source: ModelSource, out: Path, *, force: bool) -> None:
         if not force:
             raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
         check_replaceable(out)
+        if os.path.lexists(replaced_of(out)) and not left_aside(out):
+            raise BadInputError(f"{replaced_of(out)} is in the way", "Move it away, or choose another -o.")
+
+
+def left_aside(out: Path) -> bool:
+    """Whether a run that was stopped while it replaced ``out`` left the older model, or some of it, aside.
+
+    Its journal says that it was about to, which it does only where nothing else has that name.
+    """
+    old, journal = replaced_of(out), partial_of(out) / JOURNAL
+    if not old.is_dir() or old.is_symlink() or not journal.is_file():
+        return False
+    return read_entries(journal).replacing and not any(_foreign(old, _recorded(old)))
 
 
 def check_replaceable(out: Path) -> None:
