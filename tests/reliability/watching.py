@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from mlxq.files import sha256_file
+from mlxq.files import NEW, sha256_file
 from mlxq.headers import read_json
 
 CHANGES = ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "ftruncate")
@@ -43,8 +43,10 @@ def watched(after: Callable[[str, tuple[Any, ...]], None]) -> Iterator[None]:
 
 
 def weights(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of a model but those that tell of the run."""
-    return {f.name: sha256_file(f) for f in folder.iterdir() if f.name not in ("mlxq.json", "README.md")}
+    """SHA-256 of each file of a model but those that tell of the run, and what was to become their next version."""
+    told = ("mlxq.json", "README.md")
+    skipped = {*told, *(name + NEW for name in told)}
+    return {f.name: sha256_file(f) for f in folder.iterdir() if f.name not in skipped}
 
 
 def faults_of(folder: Path) -> list[str]:
