@@ -19,10 +19,7 @@ from tests.reliability.watching import faults_of, weights
 
 QUANTIZE = ["quantize", "4bit", "--model", "../model", "-o", "out", "--no-generate"]
 CONVERT = ["convert", "../model", "-o", "out", "--dtype", "float32"]
-BUDGET = [
-    "quantize", "--bpw", "5", "--set", "calibration={tokens: 1024}", "--model", "../model", "-o", "out",
-    "--no-generate",
-]  # fmt: skip
+BUDGET = ["quantize", "../few.yaml", "--model", "../model", "-o", "out", "--no-generate"]
 UPLOAD = ["upload", "out", "org/tiny"]
 
 
@@ -31,6 +28,7 @@ def campaign(kills: int, seed: int) -> tuple[int, list[str]]:
     rng, wrong, hit = random.Random(seed), [], 0
     with prepared() as (work, hub):
         build_model(work / "model", layers=4)
+        (work / "few.yaml").write_text("budget: {bpw: 5}\ncalibration: {tokens: 1024}\n")
 
         def sent(place: Path) -> list[str]:
             there = hub.files("org/tiny")
