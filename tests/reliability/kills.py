@@ -11,7 +11,7 @@ import argparse
 import random
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.reliability.processes import build_model, command, prepared
@@ -21,10 +21,14 @@ QUANTIZE = ["quantize", "4bit", "--model", "../model", "-o", "out", "--no-genera
 CONVERT = ["convert", "../model", "-o", "out", "--dtype", "float32"]
 BUDGET = ["quantize", "../few.yaml", "--model", "../model", "-o", "out", "--no-generate"]
 UPLOAD = ["upload", "out", "org/tiny"]
+COMMANDS = {"quantize": QUANTIZE, "convert": CONVERT, "budget": BUDGET, "upload": UPLOAD}
 
 
-def campaign(kills: int, seed: int) -> tuple[int, list[str]]:
-    """Kill ``kills`` commands; returns how many of them were hit before their end, and what went wrong."""
+def campaign(kills: int, seed: int, names: Sequence[str] = tuple(COMMANDS)) -> tuple[int, list[str]]:
+    """Kill ``kills`` commands, each of ``names`` as often (an upload comes after ``quantize``).
+
+    Returns how many of them were hit before their end, and what went wrong.
+    """
     rng, wrong, hit = random.Random(seed), [], 0
     with prepared() as (work, hub):
         build_model(work / "model", layers=4)
@@ -41,20 +45,23 @@ def campaign(kills: int, seed: int) -> tuple[int, list[str]]:
             left = sorted(path.name for path in place.glob("out*"))
             return faults_of(place / "out") if same and left == ["out"] else [f"ends in something else, {left}"]
 
-        for name, arguments in {"quantize": QUANTIZE, "convert": CONVERT, "budget": BUDGET, "upload": UPLOAD}.items():
+        for name in names:
+            arguments = COMMANDS[name]
             whole = work / f"{name}-whole"
             whole.mkdir()
             if arguments is UPLOAD:
                 shutil.copytree(work / "quantize-whole" / "out", whole / "out")
             seconds = _whole_run(arguments, whole)
             expected = weights(whole / "out")
-            for number in range(kills // 4):
+            for number in range(kills // len(names)):
                 place = work / f"{name}-{number}"
                 place.mkdir()
                 if arguments is UPLOAD:
                     shutil.copytree(work / "quantize-whole" / "out", place / "out")
                     hub.reset()
-                killed = command(arguments, place, kill_after_s=rng.uniform(0, seconds), XDG_CACHE_HOME=str(place))
+                # What was found out of the machine is kept between commands; what a budget measured is not.
+                shutil.copytree(work / "cache", place / "cache", ignore=shutil.ignore_patterns("scores"))
+                killed = command(arguments, place, kill_after_s=rng.uniform(0, seconds), MLXQ_CACHE="cache")
                 hit += killed.code == -9
                 checked: Callable[[Path], list[str]] = sent if arguments is UPLOAD else made
                 found = _half(place / "out", expected) or _again(arguments, place) or checked(place)
@@ -65,7 +72,7 @@ def campaign(kills: int, seed: int) -> tuple[int, list[str]]:
 
 def _whole_run(arguments: list[str], place: Path) -> float:
     """Run a command that is not killed; returns its seconds."""
-    ended = command(arguments, place, XDG_CACHE_HOME=str(place))
+    ended = command(arguments, place, MLXQ_CACHE="../cache")
     if ended.code != 0:
         raise SystemExit(f"{arguments} fails without any kill: {ended.said}")
     return ended.seconds
@@ -81,7 +88,7 @@ def _again(arguments: list[str], place: Path) -> list[str]:
     if arguments is not UPLOAD and (place / "out").exists():
         # It was hit while it cleaned up: with --force, which replaces what is there, everything is done once more.
         arguments = [*arguments, "--force"]
-    ended = command(arguments, place, XDG_CACHE_HOME=str(place))
+    ended = command(arguments, place, MLXQ_CACHE="cache")
     return [] if ended.code == 0 else [f"the same command fails: {ended.said}"]
 
 
