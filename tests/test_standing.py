@@ -13,15 +13,14 @@ from pathlib import Path
 import pytest
 
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.pipeline import Finished, Options, Resumed, prepare, run
+from mlxq.pipeline import Finished, Resumed, prepare, run
 from mlxq.planning.plan import Plan
 from mlxq.recipe.load import load_recipe
+from mlxq.sources.resolve import resolve
 from mlxq.writing.execute import Progress
 from mlxq.writing.folder import PartialFolder
 from mlxq.writing.journal import NAME as JOURNAL
 from tests.checkpoints import llama
-
-OPTIONS = Options()
 
 
 @pytest.fixture
@@ -35,18 +34,18 @@ def plan(model: Path) -> Plan:
 
 
 def plan_of(model: Path, recipe: str = "4bit") -> Plan:
-    return prepare(load_recipe(recipe), str(model), OPTIONS)
+    return prepare(load_recipe(recipe), resolve(str(model)))
 
 
 def make(plan: Plan, out: Path, *, force: bool = False) -> Finished:
-    *_, last = run(plan, out, OPTIONS, force=force)
+    *_, last = run(plan, out, force=force)
     assert isinstance(last, Finished)
     return last
 
 
 def stop_early(plan: Plan, out: Path, *, force: bool = False) -> None:
     """Run until the first tensor is finished."""
-    events = run(plan, out, OPTIONS, force=force)
+    events = run(plan, out, force=force)
     next(event for event in events if isinstance(event, Progress) and event.finished)
     events.close()
 
@@ -143,7 +142,7 @@ def test_an_empty_folder_and_one_with_a_spoilt_journal_of_ours_are_used(
     (tmp_path / "out.partial").mkdir(exist_ok=True)
     if journal is not None:
         (tmp_path / "out.partial" / JOURNAL).write_bytes(journal)
-    first, *_ = run(plan, tmp_path / "out", OPTIONS)
+    first, *_ = run(plan, tmp_path / "out")
     assert isinstance(first, Resumed) == (journal == b"{broken")
     if isinstance(first, Resumed):
         assert first.discarded == "a journal that cannot be relied on"
@@ -213,7 +212,7 @@ def test_force_replaces_a_model_of_any_maker_and_an_empty_folder(plan: Plan, tmp
 
 def test_what_is_put_into_the_old_model_while_the_new_one_is_written_stays(plan: Plan, tmp_path: Path) -> None:
     make(plan, tmp_path / "out")
-    events = run(plan, tmp_path / "out", OPTIONS, force=True)
+    events = run(plan, tmp_path / "out", force=True)
     next(event for event in events if isinstance(event, Progress) and event.finished)
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(BadInputError, match=r"thesis\.txt"):
@@ -222,7 +221,7 @@ def test_what_is_put_into_the_old_model_while_the_new_one_is_written_stays(plan:
 
 
 def test_an_output_that_comes_to_be_meanwhile_is_not_replaced(plan: Plan, tmp_path: Path) -> None:
-    events = run(plan, tmp_path / "out", OPTIONS)
+    events = run(plan, tmp_path / "out")
     next(event for event in events if isinstance(event, Progress) and event.finished)
     shutil.copytree(plan.source.weight_files[0].parent, tmp_path / "out")
     before = tree(tmp_path / "out")
@@ -253,8 +252,8 @@ def test_the_source_under_another_name_is_still_the_source(
     before = tree(tmp_path)
     with pytest.raises(BadInputError, match="holds the model"):
         make(plan, tmp_path / "out", force=True)
-    # And the other way round.
-    if name_anew is not hard_links:
+    # And the other way round; links that lead out of a folder are no weights of a source.
+    if name_anew is a_linked_parent:
         with pytest.raises(BadInputError, match="holds the model"):
             make(plan_of(tmp_path / "out"), model, force=True)
     assert tree(tmp_path) == before
@@ -320,7 +319,7 @@ def test_a_run_that_opened_the_lock_of_one_that_ended_does_not_touch_its_model(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The second run has the journal open when the first one ends, and gets the lock of a file that is gone."""
-    first = run(plan, tmp_path / "out", OPTIONS)
+    first = run(plan, tmp_path / "out")
     next(event for event in first if isinstance(event, Progress) and event.finished)
     flock = fcntl.flock
 
@@ -352,7 +351,7 @@ def test_a_file_system_without_locks_is_named(plan: Plan, tmp_path: Path, monkey
 def test_a_source_that_changes_while_it_is_read_is_never_mixed(model: Path, tmp_path: Path, what: str) -> None:
     plan = plan_of(model)
     file = model / "tokenizer.json" if what == "tokenizer" else plan.source.weight_files[0]
-    events = run(plan, tmp_path / "out", OPTIONS)
+    events = run(plan, tmp_path / "out")
     next(event for event in events if isinstance(event, Progress) and event.finished)
     change_with_the_same_size_and_time(file, in_place=what == "in place")
     with pytest.raises(MlxqError, match=f"{file.name} changed"):
@@ -369,7 +368,7 @@ def test_a_source_that_changes_between_a_stop_and_its_continuation_is_read_anew(
 ) -> None:
     stop_early(plan_of(model), tmp_path / "out")
     change_with_the_same_size_and_time(plan_of(model).source.weight_files[0], in_place=in_place)
-    first, *_ = run(plan_of(model), tmp_path / "out", OPTIONS)
+    first, *_ = run(plan_of(model), tmp_path / "out")
     assert isinstance(first, Resumed)
     assert first.discarded
     make(plan_of(model), tmp_path / "whole")
@@ -404,7 +403,7 @@ def test_after_the_machine_restarts_only_what_was_synced_counts(
 
     make(plan, tmp_path / "whole")
     monkeypatch.setattr(trailing, "SYNC_BYTES", 1 << 14)
-    events = run(plan, tmp_path / "out", OPTIONS)
+    events = run(plan, tmp_path / "out")
     finished = 0
     for event in events:
         finished += isinstance(event, Progress) and event.finished is not None
@@ -421,7 +420,7 @@ def test_after_the_machine_restarts_only_what_was_synced_counts(
             stream.seek(synced.get(shard.file, 0))
             stream.write(bytes(shard.nbytes - stream.tell()))
     monkeypatch.setattr(journal, "boot_id", lambda: "another")
-    first, *_ = run(plan, tmp_path / "out", OPTIONS)
+    first, *_ = run(plan, tmp_path / "out")
     if isinstance(first, Resumed):
         assert first.step_count < finished
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlxq.cli.options import Json, Quiet
+from mlxq.cli.options import Json, Quiet, TrustRemoteCode
 
 if TYPE_CHECKING:
     from mlxq.comparison.measure import Candidate, Comparison, Settings
+    from mlxq.planning.plan import Plan
     from mlxq.recipe.gates import GateResult
 
 
@@ -47,6 +48,7 @@ def command(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table on stdout.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write one self-contained page.")] = None,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write size against KL as .svg or .png.")] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -57,7 +59,7 @@ def command(
     Example: mlxq compare ./original ./original-4bit mixed_4_6 --gate 'kl_mean<0.05' --html report.html
     """
     from mlxq.errors import BadInputError, GateError
-    from mlxq.machine.blas import load_blas
+    from mlxq.machine.backend import start_mlx
     from mlxq.recipe.gates import check_gates, parse_gate
     from mlxq.show.console import console
 
@@ -71,25 +73,31 @@ def command(
     rest = [m for m in models if m != reference] if reference else models[1:]
     if not rest:
         raise BadInputError("nothing to compare with the original", "Name models or recipes after it.")
-    load_blas()
-    from mlxq.cli.fetching import bring_here
-    from mlxq.comparison.candidates import load_candidate, model_candidate, with_distinct_names
+    start_mlx()
+    from mlxq.cli.fetching import brought, find_model
+    from mlxq.comparison.candidates import model_candidate, recipe_candidate, with_distinct_names
     from mlxq.comparison.measure import Settings, read_prompts
     from mlxq.metrics.forward import on_cpu
-    from mlxq.recipe.load import names_recipe
+    from mlxq.recipe.load import load_recipe, names_recipe
     from mlxq.running.speed import CPU_SETTINGS, SpeedSettings
 
     lengths = (CPU_SETTINGS if on_cpu() else SpeedSettings()) if speed else None
     settings = Settings(
         texts=tuple(text or ()), tokens=tokens, speed=lengths, prompts=read_prompts(prompts) if prompts else ()
     )
-    for name in (reference or models[0], *rest):
-        if not names_recipe(name):
-            bring_here(name)
-    with tempfile.TemporaryDirectory(prefix="mlxq-compare-") as scratch:
-        original = model_candidate(reference or models[0], Path(scratch))
-        candidates = [load_candidate(name, original, Path(scratch)) for name in rest]
-        original, *candidates = with_distinct_names([original, *candidates], [reference or models[0], *rest])
+    first = reference or models[0]
+    stored = [first, *(name for name in rest if not names_recipe(name))]
+    sources = {name: brought(find_model(name, trusted=trust_remote_code)) for name in stored}
+    with tempfile.TemporaryDirectory(prefix="mlxq-compare-") as temporary:
+        scratch = Path(temporary)
+        original = model_candidate(sources[first], scratch)
+        candidates = [
+            model_candidate(sources[name], scratch)
+            if name in sources
+            else recipe_candidate(load_recipe(name), original, scratch)
+            for name in rest
+        ]
+        original, *candidates = with_distinct_names([original, *candidates], [first, *rest])
         comparison, interrupted = _measure(original, candidates, settings)
     if comparison is None:
         raise KeyboardInterrupt
@@ -129,12 +137,12 @@ def _measure(
     return done, interrupted
 
 
-def check_recipe_gates(gates: Sequence[str], model: str, out: Path) -> None:
-    """Compare ``out`` with the model it was made from and hold it against a recipe's gates.
+def check_recipe_gates(plan: Plan, out: Path) -> None:
+    """Compare ``out`` with the model it was made from and hold it against its recipe's gates.
 
     The results go into its ``mlxq.json``. Raises GateError with a line per failed gate.
     """
-    from mlxq.cli.fetching import bring_here
+    from mlxq.cli.fetching import brought, find_model
     from mlxq.comparison.candidates import model_candidate
     from mlxq.comparison.measure import Settings
     from mlxq.errors import GateError
@@ -143,13 +151,13 @@ def check_recipe_gates(gates: Sequence[str], model: str, out: Path) -> None:
     from mlxq.running.speed import CPU_SETTINGS, SPEED_METRICS, SpeedSettings
     from mlxq.show.console import console
 
-    parsed = [parse_gate(line) for line in gates]
+    parsed = [parse_gate(line) for line in plan.recipe.gates]
     timed = any(gate.metric in SPEED_METRICS for gate in parsed)
     lengths = (CPU_SETTINGS if on_cpu() else SpeedSettings()) if timed else None
-    bring_here(model)
+    made = find_model(str(out), trusted=plan.source.trusted)
     with tempfile.TemporaryDirectory(prefix="mlxq-compare-") as scratch:
-        original = model_candidate(model, Path(scratch))
-        candidate = model_candidate(str(out), Path(scratch))
+        original = model_candidate(brought(plan.source), Path(scratch))
+        candidate = model_candidate(made, Path(scratch))
         comparison, _ = _measure(original, [candidate], Settings(speed=lengths))
     if comparison is None or not comparison.complete:
         raise KeyboardInterrupt

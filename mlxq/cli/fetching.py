@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
-    from mlxq.pipeline import Options
     from mlxq.planning.plan import Plan
     from mlxq.retry import Waiting
+    from mlxq.sources.base import ModelSource
     from mlxq.sources.download import Downloading
     from mlxq.sources.resolve import Event
     from mlxq.sources.sample import Fetching
@@ -61,24 +61,31 @@ def _announced(event: Fetching) -> str:
     return f"{event.because}; {what}" if event.because else what
 
 
-def bring_here(model: str) -> None:
-    """Fetch a model into the cache, with progress, where it is on the Hub."""
-    from mlxq.sources.download import fetch
+def find_model(model: str, *, trusted: bool = False, tokenizer: bool = False) -> ModelSource:
+    """Open a model by its headers, telling what is waited for; its own code may run where it is ``trusted``.
+
+    ``tokenizer`` has the tokenizer fetched with them where the model is on the Hub.
+    """
     from mlxq.sources.resolve import resolve
 
     with telling() as tell:
-        source = resolve(model, on_event=tell)
-    if source.remote is not None:
-        _fetched(fetch(source), model)
+        return resolve(model, tokenizer=tokenizer, trusted=trusted, on_event=tell)
 
 
-def fetched(plan: Plan, out: Path, options: Options) -> Plan:
+def brought(source: ModelSource) -> ModelSource:
+    """The same source with its files here: where it is on the Hub they are fetched into the cache, with progress."""
+    from mlxq.sources.download import fetch
+
+    return source if source.remote is None else _fetched(fetch(source), source.name)
+
+
+def fetched(plan: Plan, out: Path) -> Plan:
     """The same plan with its source here, fetched with progress where it is on the Hub."""
     from mlxq.pipeline import with_weights
 
     if plan.source.remote is None:
         return plan
-    return _fetched(with_weights(plan, out, options), plan.source.name)
+    return _fetched(with_weights(plan, out), plan.source.name)
 
 
 def _fetched(events: Generator[Downloading | Waiting, None, _T], name: str) -> _T:

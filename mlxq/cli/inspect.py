@@ -38,12 +38,15 @@ def command(
 
     Example: mlxq inspect ./my-model --device mac-m4 --context 8192
     """
-    from mlxq.cli.fetching import telling
+    from mlxq.cli.fetching import find_model
     from mlxq.errors import BadInputError
+    from mlxq.recipe.match import check_pattern
     from mlxq.show.console import console
-    from mlxq.sources.resolve import resolve
 
     console.use(quiet=quiet, as_json=as_json)
+    check_pattern(why, "--why")
+    if match is not None:
+        check_pattern(match, "--match")
     if recipe is None and why != "*":
         raise BadInputError("--why explains what a recipe decides", "Add --recipe.")
     if recipe is not None:
@@ -53,7 +56,7 @@ def command(
                 "Leave them out, or leave out --recipe.",
             )
         from mlxq.cli.writing import show_plan
-        from mlxq.machine.blas import load_blas
+        from mlxq.machine.backend import start_mlx
         from mlxq.recipe.load import load_recipe
 
         loaded = load_recipe(recipe)
@@ -62,13 +65,11 @@ def command(
                 f"what recipe {loaded.name} does with its budget shows only after calibration",
                 f"mlxq quantize {recipe} --model {model} --dry-run calibrates and shows the plan.",
             )
-        load_blas()
-        from mlxq.pipeline import Options, default_output, prepare
+        start_mlx()
+        from mlxq.pipeline import default_output, prepare
         from mlxq.planning.plan import Stored
 
-        options = Options(Stored.REQUANTIZE, trust_remote_code)
-        with telling() as tell:
-            plan = prepare(loaded, model, options, on_event=tell)
+        plan = prepare(loaded, find_model(model, trusted=trust_remote_code), Stored.REQUANTIZE)
         show_plan(plan, out=default_output(loaded, model), why=why)
         return
     from mlxq.architecture.estimate import estimate
@@ -79,8 +80,7 @@ def command(
     from mlxq.recipe.load import shipped_recipes
     from mlxq.show import inspection_tables
 
-    with telling() as tell:
-        source = resolve(model, tokenizer=text is not None, trusted=trust_remote_code, on_event=tell)
+    source = find_model(model, trusted=trust_remote_code, tokenizer=text is not None)
     machine = find_device(device) if device else this_machine()
     found = inspect_model(source, context)
     encoding = encode_text(source, text) if text is not None else None

@@ -11,7 +11,7 @@ import typer
 from mlxq.cli.options import DryRun, Force, Generate, Json, LowDisk, Output, Quiet, TrustRemoteCode
 
 if TYPE_CHECKING:
-    from mlxq.recipe.load import Recipe
+    from mlxq.recipe.model import Recipe
 
 
 def command(
@@ -82,24 +82,28 @@ def command(
 
     Example: mlxq quantize ./my-model --bpw 4.25
     """
-    from mlxq.cli.fetching import fetched, telling
+    from mlxq.cli.fetching import fetched, find_model
     from mlxq.cli.writing import show_plan, write_model
     from mlxq.errors import BadInputError, MlxqError
     from mlxq.show.console import console
 
     console.use(quiet=quiet, as_json=as_json)
+    from mlxq.recipe.match import check_pattern
+
     _check_together(recipe, locked, sets, bpw, size, frontier, plot)
+    if why is not None:
+        check_pattern(why, "--why")
     spending = target = None
     if locked is not None:
-        from mlxq.machine.blas import load_blas
+        from mlxq.machine.backend import start_mlx
 
-        load_blas()
-        from mlxq.pipeline import differing_files, prepare_locked
-        from mlxq.writing.report import read_report
+        start_mlx()
+        from mlxq.pipeline import differing_files, prepare_locked, recorded_model
+        from mlxq.writing.report import check_trust, read_report
 
         recorded = read_report(locked)
-        with telling() as tell:
-            plan, options = prepare_locked(recorded, model, on_event=tell)
+        check_trust(recorded, str(locked), trusted=trust_remote_code)
+        plan = prepare_locked(recorded, find_model(model or recorded_model(recorded), trusted=trust_remote_code))
         out = output or Path(f"{locked.resolve().parent.name}-rebuilt")
     else:
         assert recipe is not None
@@ -111,19 +115,18 @@ def command(
 
             # Said now, not after hours of work.
             check_login()
-        from mlxq.machine.blas import load_blas
+        from mlxq.machine.backend import start_mlx
 
-        load_blas()
-        from mlxq.pipeline import Options, default_output, prepare
+        start_mlx()
+        from mlxq.pipeline import default_output, prepare
         from mlxq.planning.plan import Stored
 
         recorded = None
-        options = Options(Stored.REQUANTIZE if requantize else Stored.AS_IS, trust_remote_code)
+        stored = Stored.REQUANTIZE if requantize else Stored.AS_IS
         out = output or (Path(loaded.output) if loaded.output else default_output(loaded, name))
         if not (dry_run or frontier or why is not None or force) and out.exists():
             raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-        with telling() as tell:
-            plan = prepare(loaded, name, options, on_event=tell)
+        plan = prepare(loaded, find_model(name, trusted=trust_remote_code), stored)
         if low_disk:
             from mlxq.writing.low_disk import check_low_disk
 
@@ -131,8 +134,8 @@ def command(
         if loaded.budget is not None:
             from mlxq.cli.spending import spend_budget
 
-            plan = fetched(plan, out, options)
-            plan, spending = spend_budget(plan, options, measure_curve=frontier)
+            plan = fetched(plan, out)
+            plan, spending = spend_budget(plan, measure_curve=frontier)
         elif frontier or explain:
             raise BadInputError(
                 f"{'--frontier' if frontier else '--explain'} is about a budget, and recipe {loaded.name} has none",
@@ -147,15 +150,9 @@ def command(
             console.json({"schema": "mlxq.budget", "schema_version": 1, **(plan.spending or {})})
         return
     if dry_run or why is not None:
-        show_plan(
-            plan,
-            out=out,
-            why=why,
-            low_disk=low_disk,
-            trust_remote_code=trust_remote_code,
-        )
+        show_plan(plan, out=out, why=why, low_disk=low_disk)
         return
-    finished = write_model(plan, out, options, force=force, generate=generate, low_disk=low_disk)
+    finished = write_model(plan, out, force=force, generate=generate, low_disk=low_disk)
     if recorded is not None and (differing := differing_files(finished.report, recorded)):
         theirs, ours = recorded["versions"], finished.report["versions"]
         changed = [
@@ -168,14 +165,11 @@ def command(
     if plan.recipe.gates:
         from mlxq.cli.compare import check_recipe_gates
 
-        original = plan.source.name
-        if plan.source.revision is not None:
-            original = f"{original.partition('@')[0]}@{plan.source.revision}"
-        check_recipe_gates(plan.recipe.gates, original, out)
+        check_recipe_gates(plan, out)
     if target is not None:
         from mlxq.cli.upload import publish_made
 
-        publish_made(out, target)
+        publish_made(out, target, trusted=plan.source.trusted)
 
 
 def _check_together(
@@ -211,17 +205,17 @@ def _asked(
     from mlxq.errors import BadInputError
     from mlxq.recipe.load import budget_recipe, load_recipe, names_recipe
 
+    budget = {"bpw": bpw} if bpw is not None else {"size": size}
     if bpw is None and size is None:
         recipe = load_recipe(text, sets)
     elif names_recipe(text):
-        budget = f"budget={{bpw: {bpw}}}" if bpw is not None else f"budget={{size: {size}}}"
-        recipe = load_recipe(text, [*sets, budget])
+        recipe = load_recipe(text, sets, budget)
     else:
         if model is not None:
             raise BadInputError(
                 f"two models: {text} and --model {model}", "With --bpw or --size alone, name the model once."
             )
-        return budget_recipe({"bpw": bpw} if bpw is not None else {"size": size}, sets), text
+        return budget_recipe(budget, sets), text
     name = model or recipe.model
     if name is None:
         raise BadInputError(

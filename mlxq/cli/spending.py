@@ -10,11 +10,10 @@ from mlxq.show.meters import stages
 
 if TYPE_CHECKING:
     from mlxq.budget.spend import Spending
-    from mlxq.pipeline import Options
     from mlxq.planning.plan import Plan
 
 
-def spend_budget(draft: Plan, options: Options, *, measure_curve: bool) -> tuple[Plan, Spending]:
+def spend_budget(draft: Plan, *, measure_curve: bool) -> tuple[Plan, Spending]:
     """Choose the formats that the recipe's budget leaves open."""
     import time
 
@@ -25,7 +24,7 @@ def spend_budget(draft: Plan, options: Options, *, measure_curve: bool) -> tuple
         console.warn(remark)
     began, stage = time.monotonic(), ""
     with stages("Budget") as meter:
-        for event in allocated_plan(draft, options, measure_curve=measure_curve):
+        for event in allocated_plan(draft, measure_curve=measure_curve):
             if not isinstance(event, Scoring):
                 return event.plan, event.spending
             if event.stage != stage:

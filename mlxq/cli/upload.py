@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlxq.cli.options import Json, Quiet
+from mlxq.cli.options import Json, Quiet, TrustRemoteCode
 
 if TYPE_CHECKING:
     from mlxq.publish.check import Checked
@@ -36,6 +36,7 @@ def command(
     force: Annotated[
         bool, typer.Option("--force", help="Publish even what does not match its mlxq.json, or does not load.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -45,52 +46,55 @@ def command(
 
     Example: mlxq upload ./my-model-4bit org/my-model-4bit --dry-run
     """
+    from mlxq.machine.backend import start_mlx
     from mlxq.recipe.target import Target
     from mlxq.show.console import console
 
     console.use(quiet=quiet, as_json=as_json)
+    start_mlx()
     target = Target(repo, private, revision, create_pr, collection, message)
     if dry_run:
-        _show_preview(folder, target, force=force)
+        _show_preview(folder, target, force=force, trusted=trust_remote_code)
         return
-    done = publish_folder(folder, target, force=force)
+    done = publish_folder(folder, target, force=force, trusted=trust_remote_code)
     if console.as_json:
         console.json(_published_facts(done, target))
     else:
         console.text(done.url)
 
 
-def publish_folder(folder: Path, target: Target, *, force: bool) -> Published:
+def publish_folder(folder: Path, target: Target, *, force: bool, trusted: bool) -> Published:
     """Check ``folder`` and publish it with progress."""
     from mlxq.publish.publish import publish
     from mlxq.show.console import console
 
-    checked = _check(folder, target, force=force)
+    checked = _check(folder, target, force=force, trusted=trusted)
     done = _finish(publish(checked, target, force=force))
     if not done.sent:
         console.note(f"nothing changed: {target.repo} holds all of it")
     return done
 
 
-def publish_made(folder: Path, target: Target) -> None:
+def publish_made(folder: Path, target: Target, *, trusted: bool) -> None:
     """Publish a model that was just made; where that fails, say how to go on without making it again."""
     from mlxq.errors import MlxqError
     from mlxq.show.console import console
 
     try:
-        done = publish_folder(folder, target, force=False)
+        done = publish_folder(folder, target, force=False, trusted=trusted)
     except MlxqError as exc:
         hint = f"The model is in {folder}. To publish it: mlxq upload {folder} {target.repo}"
+        hint += " --trust-remote-code" if trusted else ""
         raise type(exc)(exc.message, f"{exc.hint} {hint}" if exc.hint else hint) from exc
     console.note(f"published: {done.url}")
 
 
-def _show_preview(folder: Path, target: Target, *, force: bool) -> None:
+def _show_preview(folder: Path, target: Target, *, force: bool, trusted: bool) -> None:
     from mlxq.publish.publish import preview
     from mlxq.show import upload_tables
     from mlxq.show.console import console
 
-    checked = _check(folder, target, force=force)
+    checked = _check(folder, target, force=force, trusted=trusted)
     outlook = _result(preview(checked, target, force=force))
     if console.as_json:
         console.json(_preview_facts(outlook, target))
@@ -101,7 +105,7 @@ def _show_preview(folder: Path, target: Target, *, force: bool) -> None:
     console.note("Nothing was sent. Run it without --dry-run to publish the model.")
 
 
-def _check(folder: Path, target: Target, *, force: bool) -> Checked:
+def _check(folder: Path, target: Target, *, force: bool, trusted: bool) -> Checked:
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     from mlxq.publish.check import check_folder, check_target
@@ -111,7 +115,7 @@ def _check(folder: Path, target: Target, *, force: bool) -> Checked:
         disable_progress_bars()
     check_target(target)
     console.note(f"checking every file of {folder}")
-    checked = check_folder(folder, force=force)
+    checked = check_folder(folder, force=force, trusted=trusted)
     for problem in checked.problems:
         console.warn(f"{problem}; published all the same, as --force asks")
     for name in checked.left_out:

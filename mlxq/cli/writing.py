@@ -13,7 +13,7 @@ from mlxq.show.console import console
 from mlxq.show.meters import progress
 
 if TYPE_CHECKING:
-    from mlxq.pipeline import Finished, Options
+    from mlxq.pipeline import Finished
     from mlxq.planning.plan import Plan
     from mlxq.running.question import Generation
 
@@ -24,14 +24,13 @@ def show_plan(
     out: Path,
     why: str | None,
     low_disk: bool = False,
-    trust_remote_code: bool = False,
 ) -> None:
     """Print the plan: as JSON, as the reasons for the modules ``why`` matches, or as the whole table."""
     from mlxq.show import plan_tables
     from mlxq.writing.disk_space import room_needed
     from mlxq.writing.report import plan_facts
 
-    room = room_needed(plan, out, low_disk=low_disk, trust_remote_code=trust_remote_code)
+    room = room_needed(plan, out, low_disk=low_disk)
     if console.as_json:
         facts = {"output": str(out), **plan_facts(plan), "disk": plan_tables.room_facts(room)}
         console.json({"schema": "mlxq.plan", "schema_version": 1, **facts})
@@ -48,7 +47,6 @@ def show_plan(
 def write_model(
     plan: Plan,
     out: Path,
-    options: Options,
     *,
     force: bool,
     generate: bool,
@@ -69,13 +67,13 @@ def write_model(
     if low_disk and plan.source.remote is None:
         console.note(f"{plan.source.name} is on this disk already, so --low-disk changes nothing")
     if not low_disk:
-        plan = fetched(plan, out, options)
+        plan = fetched(plan, out)
     finished: Finished | None = None
     written = 0
     partial = partial_of(out)
     try:
         with interrupts() as stop_if_pressed, progress(f"Writing {out.name}") as meter:
-            for event in run(plan, out, options, force=force, low_disk=low_disk):
+            for event in run(plan, out, force=force, low_disk=low_disk):
                 stop_if_pressed()
                 if isinstance(event, Progress):
                     written = event.written_bytes
@@ -98,7 +96,7 @@ def write_model(
         raise
     assert finished is not None
     seconds = time.perf_counter() - began
-    answer = _ask(finished, trusted=options.trust_remote_code) if generate else None
+    answer = _ask(finished, trusted=plan.source.trusted) if generate else None
     _show_result(plan, finished, answer, seconds)
     return finished
 

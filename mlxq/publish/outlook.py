@@ -15,6 +15,8 @@ from mlxq.publish import card
 from mlxq.publish.check import PLOT, WEIGHTS, Checked
 from mlxq.publish.hub import HubFile, Remote, git_hash, hub_api, remote_state, remote_text
 from mlxq.recipe.target import Target
+from mlxq.sources.front_matter import FILE_NAME as CARD
+from mlxq.sources.front_matter import as_text
 from mlxq.writing.report import FILE_NAME, report_bytes
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ class Outlook:
 
     @property
     def card(self) -> str:
-        return self.drawn[card.FILE_NAME].decode()
+        return self.drawn[CARD].decode()
 
     def named(self, *changes: str) -> tuple[FileChange, ...]:
         """The files with one of these changes."""
@@ -85,7 +87,7 @@ def _draw(checked: Checked, target: Target, existing: str | None) -> dict[str, b
     """The files that are written for publishing: the plot where something was measured, the card, ``mlxq.json``."""
     drawn = {} if checked.plot is None else {PLOT: checked.plot}
     ours = card.make_card(checked.report, target.repo, checked.folder, PLOT if PLOT in drawn else None)
-    drawn[card.FILE_NAME] = card.render(ours, existing, old_name=checked.folder.name).encode()
+    drawn[CARD] = card.render(ours, existing, old_name=checked.folder.name).encode()
     files = {name: facts for name, facts in checked.report["files"].items() if name != PLOT}
     files |= {name: card.file_facts(content) for name, content in drawn.items()}
     drawn[FILE_NAME] = report_bytes(_without_paths({**checked.report, "files": files}))
@@ -108,9 +110,9 @@ def _card_to_keep(api: HfApi, checked: Checked, target: Target, remote: Remote, 
     A card that has the hash which the ``mlxq.json`` beside it records was not edited since. Raises BadInputError
     where both were, each in its own way.
     """
-    file = checked.folder / card.FILE_NAME
-    here = card.as_text(file.read_bytes()) if file.is_file() else None
-    there = remote_text(api, target, remote, card.FILE_NAME)
+    file = checked.folder / CARD
+    here = as_text(file.read_bytes()) if file.is_file() else None
+    there = remote_text(api, target, remote, CARD)
     if there is None or here is None:
         return there if here is None else here
     if card.own_words(here) == card.own_words(there):
@@ -129,7 +131,7 @@ def _card_to_keep(api: HfApi, checked: Checked, target: Target, remote: Remote, 
 
 
 def _as_recorded(text: str, report: Mapping[str, Any]) -> bool:
-    recorded = report.get("files", {}).get(card.FILE_NAME, {}).get("sha256")
+    recorded = report.get("files", {}).get(CARD, {}).get("sha256")
     return bool(recorded == hashlib.sha256(text.encode()).hexdigest())
 
 

@@ -180,11 +180,12 @@ class PartialFolder:
         }
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4) + "\n", encoding="utf-8")
         for name, content in plan.source.sidecars.items():
-            (self.folder / name).parent.mkdir(exist_ok=True)
+            file = self.folder / name
+            file.parent.mkdir(exist_ok=True)
             if isinstance(content, bytes):
-                (self.folder / name).write_bytes(content)
+                file.write_bytes(content)
             else:
-                shutil.copyfile(content, self.folder / name)
+                shutil.copyfile(content, file)
 
     def publish(self) -> None:
         """Bring everything to the disk and give it the name ``out``; an older ``out`` goes only once the new stands.

@@ -16,6 +16,7 @@ from mlxq.headers import encode_header, read_json
 from mlxq.metrics.size import Size
 from mlxq.planning.plan import Decision, Plan
 from mlxq.sources.base import ModelSource
+from mlxq.sources.belongings import TEMPLATES
 
 FILE_NAME = "mlxq.json"
 SCHEMA_VERSION = 1
@@ -48,6 +49,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "modules": [_module(decision) for decision in plan.decisions],
         "left_out": [asdict(part) for part in plan.architecture.left_out],
+        "left_behind": dict(plan.source.left_behind),
         "notes": list(plan.notes),
         "budget": plan.spending,
     }
@@ -71,7 +73,6 @@ def _module(decision: Decision) -> dict[str, Any]:
 def build_report(
     plan: Plan,
     size: Size,
-    options: Mapping[str, bool],
     timings: Mapping[str, float],
     peak_memory_bytes: int,
     files: Mapping[str, Mapping[str, Any]],
@@ -85,9 +86,10 @@ def build_report(
         "source": facts["source"],
         "recipe": facts["recipe"],
         "uncalibrated": facts["uncalibrated"],
-        "options": dict(options),
+        "options": plan.options,
         "modules": facts["modules"],
         "left_out": facts["left_out"],
+        "left_behind": facts["left_behind"],
         "notes": facts["notes"],
         "budget": facts["budget"],
         "metrics": {
@@ -112,10 +114,12 @@ def hash_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[str
 
     known = known or {}
     skipped = {FILE_NAME, FILE_NAME + NEW}
-    files = sorted(f for f in folder.iterdir() if f.is_file() and f.name not in skipped)
+    inside = (*folder.iterdir(), *(folder / TEMPLATES).glob("*"))
+    names = sorted(f.relative_to(folder).as_posix() for f in inside if f.is_file() and f.name not in skipped)
     with ThreadPoolExecutor(2) as pool:
-        digests = pool.map(lambda f: known.get(f.name) or sha256_file(f), files)
-        return {f.name: {"bytes": f.stat().st_size, "sha256": d} for f, d in zip(files, digests, strict=True)}
+        digests = pool.map(lambda name: known.get(name) or sha256_file(folder / name), names)
+        sizes = [(folder / name).stat().st_size for name in names]
+        return {n: {"bytes": b, "sha256": d} for n, b, d in zip(names, sizes, digests, strict=True)}
 
 
 def versions() -> dict[str, str]:
@@ -145,3 +149,16 @@ def read_report(file: Path) -> dict[str, Any]:
     if int(report.get("schema_version", 0)) > SCHEMA_VERSION:
         raise BadInputError(f"{file} was written by a newer mlxq ({report['versions']['mlxq']})", "Update mlxq.")
     return report
+
+
+def check_trust(report: Mapping[str, Any], what: str, *, trusted: bool) -> None:
+    """Raise BadInputError where ``what`` was made with code of the model's own, which the person has not ``trusted``.
+
+    A report is a file like any other: it tells that trust was given once, and gives none.
+    """
+    options = report.get("options")
+    if isinstance(options, Mapping) and options.get("trust_remote_code") and not trusted:
+        raise BadInputError(
+            f"{what} was made with --trust-remote-code, and a file cannot say that the model's own code may run",
+            "Read that code; if you trust it, add --trust-remote-code.",
+        )

@@ -11,45 +11,22 @@ from pathlib import Path
 from mlxq.errors import BadInputError
 from mlxq.headers import read_json
 from mlxq.sources.base import ModelSource
+from mlxq.sources.belongings import READ, TEMPLATES, travels
 from mlxq.writing.journal import NAME as JOURNAL
 from mlxq.writing.journal import read_entries
 
 # Inside OUT.partial: the model being written, and what of its source is needed at the time.
 MODEL = "model"
 SOURCE = "source"
-# Files that a folder with a model in it may hold, and one folder of them.
-TEMPLATES = "additional_chat_templates"
+# Files that a folder with a model in it may hold, beside those that travel with one.
 MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
+    *READ,
     "model*.safetensors",
-    "model.safetensors.index.json",
-    "hf_quant_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model*",
-    "*.tiktoken",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "image_processor_config.json",
-    "video_preprocessor_config.json",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "README.md",
     "mlxq.json",
     "mlxq.json.new",
     "README.md.new",
-    "mlxq-comparison.png*",
+    "mlxq-comparison.png",
+    "mlxq-comparison.png.new",
     ".gitattributes",
     ".DS_Store",
 )
@@ -161,17 +138,16 @@ def _recorded(folder: Path) -> frozenset[str]:
 def _foreign(folder: Path, known: Collection[str]) -> Iterator[str]:
     """What ``folder`` holds that no model does, and that is not ``known``, by name."""
     for entry in sorted(folder.iterdir()):
-        if entry.is_dir() and not entry.is_symlink():
-            if entry.name != TEMPLATES:
-                yield entry.name + "/"
-                continue
-            yield from (
-                f"{TEMPLATES}/{each.name}"
-                for each in sorted(entry.iterdir())
-                if not (each.is_file() and each.suffix == ".jinja")
-            )
-        elif entry.name not in known and not any(fnmatch.fnmatchcase(entry.name, each) for each in MODEL_FILES):
-            yield entry.name
+        templates = entry.name == TEMPLATES and entry.is_dir() and not entry.is_symlink()
+        for each in sorted(entry.iterdir()) if templates else [entry]:
+            name = each.relative_to(folder).as_posix()
+            if not each.is_file() or not (name in known or _is_listed(name)):
+                yield name
+
+
+def _is_listed(name: str) -> bool:
+    """Whether a file of this name, by its path inside a folder, may be a model's."""
+    return travels(name, trusted=False) or any(fnmatch.fnmatchcase(name, pattern) for pattern in MODEL_FILES)
 
 
 def _holds_source(folder: Path, source: ModelSource) -> bool:

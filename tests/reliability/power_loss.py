@@ -22,15 +22,15 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from mlxq.pipeline import Finished, Options, prepare, run
+from mlxq.pipeline import Finished, prepare, run
 from mlxq.planning.plan import Plan
 from mlxq.recipe.load import load_recipe
+from mlxq.sources.resolve import resolve
 from mlxq.writing import journal, trailing
 from mlxq.writing.report import write_report
 from tests.checkpoints import llama
 from tests.reliability.watching import faults_of, watched, weights
 
-OPTIONS = Options()
 Key = tuple[int, int]
 IMAGE_BYTES = 24 << 20
 
@@ -100,7 +100,7 @@ def _write(chosen: dict[Key, bytes | dict[str, Key]], key: Key, path: Path) -> N
 
 def make(plan: Plan, out: Path) -> Finished:
     """Make the model, whatever of mlxq's own stands there."""
-    *_, last = run(plan, out, OPTIONS, force=True)
+    *_, last = run(plan, out, force=True)
     assert isinstance(last, Finished)
     return last
 
@@ -132,7 +132,7 @@ def check(disk: Path, plan: Plan, whole: dict[str, str], old: dict[str, str] | N
 def sample(work: Path) -> tuple[Plan, Plan, dict[str, str], dict[str, str]]:
     """The plan under test, the plan of the model it replaces, and what both come to."""
     model = llama(work / "model", shards=2)
-    plan, other = (prepare(load_recipe(name), str(model), OPTIONS) for name in ("4bit", "8bit"))
+    plan, other = (prepare(load_recipe(name), resolve(str(model))) for name in ("4bit", "8bit"))
     for name, each in (("whole", plan), ("old", other)):
         make(each, work / name)
     return plan, other, weights(work / "whole"), weights(work / "old")
