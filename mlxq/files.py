@@ -22,8 +22,6 @@ _POINTER = b"version https://git-lfs.github.com/spec/v1"
 def sha256_file(file: Path) -> str:
     """SHA-256 of a file, in hex."""
     with file.open("rb") as stream:
-        if hasattr(hashlib, "file_digest"):
-            return hashlib.file_digest(stream, "sha256").hexdigest()
         digest = hashlib.sha256()
         while chunk := stream.read(1 << 20):
             digest.update(chunk)

@@ -130,7 +130,7 @@ def with_weights(plan: Plan, out: Path, *, low_disk: bool = False) -> Generator[
 
 def run(
     plan: Plan, out: Path, *, force: bool = False, low_disk: bool = False
-) -> Iterator[Progress | Resumed | Downloading | Waiting | Remark | Finished]:
+) -> Generator[Progress | Resumed | Downloading | Waiting | Remark | Finished, None, None]:
     """Write ``plan`` to ``out``, yielding progress; the last event is ``Finished``.
 
     What is still on the Hub is fetched first, or with ``low_disk`` shard by shard as it is needed.

@@ -258,6 +258,11 @@ class Hub:
             raise RefusedError(403, message)
 
 
+def fetched_weights(hub: Hub) -> list[str]:
+    """Blobs that were sent whole, in order."""
+    return [r.path for r in hub.requests("GET", "/blobs/") if r.range is None and r.status == 200]
+
+
 def goes_to_lfs(path: str, size: int, sample: bytes) -> bool:
     """Whether the Hub keeps a file outside git: weights by name, whatever is large, whatever is binary."""
     return path.endswith(LFS_SUFFIXES) or size > LARGEST_REGULAR_FILE or b"\0" in sample

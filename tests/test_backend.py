@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -38,7 +39,7 @@ LINUX = {"platform": "linux", "system": "Linux", "processor": "x86_64", "missing
 ELSEWHERE = "hint: It needs a Mac with Apple silicon, or Linux (on Windows: WSL). mlxq inspect works without it."
 
 
-def mlxq_on(machine: dict[str, object], *arguments: str) -> subprocess.CompletedProcess[str]:
+def mlxq_on(machine: Mapping[str, object], *arguments: str) -> subprocess.CompletedProcess[str]:
     program = PROGRAM.format(**machine, arguments=arguments)
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
 
@@ -64,7 +65,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
     ids=["windows", "intel-mac", "mac", "linux"],
 )
-def test_without_mlx_a_command_says_what_it_needs(machine: dict[str, object], said: list[str], model: str) -> None:
+def test_without_mlx_a_command_says_what_it_needs(machine: Mapping[str, object], said: list[str], model: str) -> None:
     done = mlxq_on(machine, "quantize", "4bit", "--model", model, "--dry-run")
     assert (done.returncode, done.stdout, done.stderr.splitlines()) == (2, "", said)
 
@@ -87,7 +88,7 @@ def test_every_command_that_needs_mlx_passes_the_door(arguments: tuple[str, ...]
 
 
 @pytest.mark.parametrize("machine", [WINDOWS, INTEL_MAC], ids=["windows", "intel-mac"])
-def test_what_needs_no_mlx_works_without(machine: dict[str, object], model: str) -> None:
+def test_what_needs_no_mlx_works_without(machine: Mapping[str, object], model: str) -> None:
     done = mlxq_on(machine, "inspect", model, "--device", "m4-max-64gb")
     assert (done.returncode, len(done.stderr.splitlines())) == (0, 1)
     assert "(llama), 2 layers" in done.stdout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +29,8 @@ from mlxq.recipe.load import budget_recipe, recipe_from_dict
 from mlxq.sources.resolve import resolve
 from mlxq.writing.execute import Progress
 from mlxq.writing.report import read_report
+from tests.architectures import CONFIGS, DEEPSEEK, HUNYUAN
 from tests.checkpoints import build, llama, save
-from tests.test_bit_identity import CONFIGS
-from tests.test_foreign import DEEPSEEK
-from tests.test_plan import HUNYUAN
 
 # Enough text to calibrate a model of this size, and little enough to be quick.
 FEW = "calibration={tokens: 2048}"
@@ -196,7 +193,8 @@ def test_a_model_that_calibration_cannot_follow_is_scored_by_its_weights(tmp_pat
 def logits_of(folder: Path, tokens: mx.array) -> mx.array:
     model, _ = mlx_lm.utils.load_model(folder)
     model.set_dtype(mx.float32)
-    return model(tokens)
+    logits: mx.array = model(tokens)
+    return logits
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_tied", "qwen3_moe"])
@@ -223,7 +221,7 @@ def test_chosen_weights_lose_less_than_rounded_ones(name: str, tmp_path: Path) -
 def test_gptq_is_interrupted_continued_and_rebuilt_to_the_same_bytes(deep: Path, tmp_path: Path) -> None:
     plan, _, _ = spent(deep, 4.2)
     whole = written(plan, tmp_path / "whole")
-    events: Iterator[Any] = run(plan, tmp_path / "out")
+    events = run(plan, tmp_path / "out")
     finished = 0
     for event in events:
         finished += isinstance(event, Progress) and event.finished is not None

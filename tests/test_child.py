@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import psutil
 import pytest
 
 from mlxq.errors import BadInputError, ChildError
-from mlxq.machine import child
 from mlxq.machine.child import Limits, run_child
 
 ROOMY = Limits(60, 4_000_000_000)
@@ -156,6 +156,6 @@ def test_where_no_process_can_be_started_that_is_said(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
     with pytest.raises(ChildError, match="no process could be started: No such file"):
         run_child(double, {"text": ""}, ROOMY)
-    monkeypatch.setattr(child.tempfile, "tempdir", "/nowhere")
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     with pytest.raises(ChildError, match="no process could be started"):
         run_child(double, {"text": ""}, ROOMY)

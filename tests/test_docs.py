@@ -27,8 +27,8 @@ import yaml
 from mlxq.cli import app, main
 from tests import checkpoints
 from tests.documents import DOCUMENTS, ROOT, Block, blocks, inline_code, missing_lines, prose
+from tests.gguf_files import write_gguf
 from tests.hub_server import Hub
-from tests.test_gguf import write_gguf
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
 RUN = [block for block in BLOCKS if block.language in ("bash", "console") and block.mark is None]

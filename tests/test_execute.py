@@ -22,14 +22,11 @@ from mlxq.recipe.load import load_recipe
 from mlxq.sources.resolve import resolve
 from mlxq.writing.execute import Progress, blocks_of
 from tests.checkpoints import LLAMA, build, llama, save
+from tests.runs import hashes
 
 
 def plan_of(model: Path) -> Plan:
     return prepare(load_recipe("4bit"), resolve(str(model)))
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {f.name: sha256_file(f) for f in folder.iterdir() if f.name not in ("mlxq.json", "README.md")}
 
 
 def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path: Path) -> None:

@@ -156,9 +156,10 @@ def test_a_model_without_a_separable_body_is_run_whole(batches: list[tuple[mx.ar
             self.inner = evaluation_model(tiny_llama())
 
         def __call__(self, tokens: mx.array) -> mx.array:
-            return self.inner(tokens)
+            logits: mx.array = self.inner(tokens)
+            return logits
 
-    held = finish(build_reference(Whole(), [tokens for tokens, _ in batches]))  # type: ignore[arg-type]
+    held = finish(build_reference(Whole(), [tokens for tokens, _ in batches]))
     assert not held.is_split
     assert held.logits(0, batches[0][0]).shape == (2, 24, VOCABULARY)
 

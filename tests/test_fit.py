@@ -187,7 +187,7 @@ LFM2 = {
 }
 
 # Exact where every layer attends; where layers keep a state, an upper bound (fp32 throughout).
-EXACT = [
+EXACT: list[tuple[str, dict[str, Any]]] = [
     ("llama", DENSE),
     ("llama", {**DENSE, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 256}),
     ("qwen3", {**DENSE, "sliding_window": 256, "use_sliding_window": False}),

@@ -24,8 +24,10 @@ from mlxq.planning.plan import Stored
 from mlxq.recipe.load import load_recipe, recipe_from_dict
 from mlxq.show.plan_tables import plan_notes
 from mlxq.sources.resolve import resolve
+from tests.architectures import CONFIGS, DEEPSEEK, SMALL, deepseek_weights
+from tests.arrays import assert_same_bits, tensors
 from tests.checkpoints import LLAMA, build, save
-from tests.test_bit_identity import CONFIGS, SMALL, assert_same_bits, quantize, tensors
+from tests.runs import quantize
 
 CAST = recipe_from_dict({}, "mlx")
 
@@ -100,30 +102,10 @@ def test_a_quantized_mlx_model_is_refused_with_a_way_on(tmp_path: Path) -> None:
     assert {str(d.format) for d in plan.decisions} == {"4:64"}
 
 
-DEEPSEEK: dict[str, Any] = {
-    **CONFIGS["deepseek_v2_mla"], "model_type": "deepseek_v3", "first_k_dense_replace": 1, "moe_layer_freq": 1,
-    "n_group": 1, "topk_group": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid", "norm_topk_prob": True,
-    "routed_scaling_factor": 1.0, "rope_scaling": None, "qk_nope_head_dim": 64,
-}  # fmt: skip
 GPT_OSS: dict[str, Any] = {
     **SMALL, "model_type": "gpt_oss", "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64,
     "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"],
 }  # fmt: skip
-
-
-def deepseek_weights() -> dict[str, mx.array]:
-    """DeepSeek V3 as published: an expert a tensor, and one projection for keys and values."""
-    found: dict[str, mx.array] = {}
-    for path, array in build(DEEPSEEK)[1].items():
-        prefix, _, rest = path.partition(".switch_mlp.")
-        if rest:
-            found.update({f"{prefix}.experts.{i}.{rest}": mx.contiguous(array[i]) for i in range(array.shape[0])})
-        elif not path.endswith(("embed_q.weight", "unembed_out.weight")):
-            found[path] = array
-    for layer in range(DEEPSEEK["num_hidden_layers"]):
-        joined = (mx.random.normal((4 * (64 + 32), 64)) * 0.1).astype(mx.bfloat16)
-        found[f"model.layers.{layer}.self_attn.kv_b_proj.weight"] = joined
-    return found
 
 
 def deepseek_fp8(folder: Path) -> Path:

@@ -64,7 +64,15 @@ def test_each_expert_of_a_stack_has_its_own_tensor_scale() -> None:
     together = fmt.decode(parts)
     for expert in range(3):
         alone = {name: array[expert] for name, array in parts.items() if name != "global_scale"}
-        one = mx.dequantize(*alone.values(), global_scale=scales[expert], **fmt.as_config(), dtype=mx.float32)
+        one = mx.dequantize(
+            alone["weight"],
+            alone["scales"],
+            group_size=fmt.group_size,
+            bits=fmt.bits,
+            mode=fmt.mode,
+            global_scale=scales[expert],
+            dtype=mx.float32,
+        )
         assert mx.array_equal(together[expert], one)
     assert not mx.array_equal(together[0], fmt.decode({k: v for k, v in parts.items() if k != "global_scale"})[0])
 

@@ -22,7 +22,7 @@ from mlxq.sources.card import card_in, card_of_gguf, model_of_gguf
 from mlxq.sources.front_matter import dump, parse, split
 from mlxq.sources.resolve import resolve
 from tests.checkpoints import llama
-from tests.test_gguf import write_gguf
+from tests.gguf_files import write_gguf
 
 
 def test_words_and_numbers_are_the_text_that_is_written() -> None:

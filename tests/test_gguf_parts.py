@@ -18,9 +18,9 @@ from mlxq.sources import hub_files
 from mlxq.sources.gguf import GGUFSource, open_gguf
 from mlxq.sources.gguf_parts import model_name, parts_of
 from mlxq.sources.resolve import resolve
-from tests.hub_server import Hub
-from tests.test_gguf import HEAD_DIM, hf_weights, read_all, write_gguf
-from tests.test_hub import fetched_weights, hashes
+from tests.gguf_files import HEAD_DIM, hf_weights, read_all, write_gguf
+from tests.hub_server import Hub, fetched_weights
+from tests.runs import hashes
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 TYPES = {name: T.Q8_0 for name, weight in hf_weights("llama").items() if weight.ndim > 1}

@@ -29,9 +29,11 @@ from mlxq.sources.resolve import resolve
 from mlxq.tensors import TensorSpec
 from mlxq.writing.disk_space import room_needed
 from mlxq.writing.low_disk import most_held_bytes, stages
+from tests.arrays import load
 from tests.checkpoints import LLAMA, build, llama, save
-from tests.hub_server import READ_TOKEN, TOKEN, Hub
-from tests.test_gguf import write_gguf
+from tests.gguf_files import write_gguf
+from tests.hub_server import READ_TOKEN, TOKEN, Hub, fetched_weights
+from tests.runs import hashes
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 LARGE = {
@@ -123,12 +125,6 @@ def mixture(folder: Path, shards: int) -> Path:
     return save(folder, config, loose, shards)
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """Of all that the model is; report and card name where it came from."""
-    files = [f for f in folder.rglob("*") if f.is_file() and f.name not in ("mlxq.json", "README.md")]
-    return {f.relative_to(folder).as_posix(): sha256_file(f) for f in files}
-
-
 def written(events: Iterator[Any]) -> Path:
     *_, last = events
     assert isinstance(last, Finished)
@@ -137,11 +133,6 @@ def written(events: Iterator[Any]) -> Path:
 
 def from_folder(source: Path, out: Path, recipe: str = "4bit") -> dict[str, str]:
     return hashes(written(run(prepare(load_recipe(recipe), resolve(str(source))), out)))
-
-
-def fetched_weights(hub: Hub) -> list[str]:
-    """Blobs that were sent whole, in order."""
-    return [r.path for r in hub.requests("GET", "/blobs/") if r.range is None and r.status == 200]
 
 
 # Headers alone
@@ -371,7 +362,7 @@ def test_experts_are_assembled_once_all_their_shards_are_here(hub: Hub, tmp_path
 def test_what_is_stored_quantized_is_read_with_its_scales(hub: Hub, tmp_path: Path) -> None:
     quantized = tmp_path / "quantized"
     from_folder(llama(tmp_path / "model"), quantized)
-    weights = mx.load(str(quantized / "model.safetensors"))
+    weights = load(quantized / "model.safetensors")
     config = json.loads((quantized / "config.json").read_text())
     folder = save(tmp_path / "shards", config, weights, shards=4)
     hub.add_model("org/quantized", folder)
@@ -518,7 +509,7 @@ def test_a_rate_limit_is_waited_for_and_told(hub: Hub, tmp_path: Path) -> None:
     hub.add_model("org/limited", llama(tmp_path / "model", shards=2))
     hub.fail("GET", "/api/models/org/limited", times=2, status=429, headers={"Retry-After": "0"})
     hub.fail("GET", "/resolve/", times=1, status=429, headers={"Retry-After": "0"})
-    waits: list[Waiting] = []
+    waits: list[Any] = []
     source = resolve("org/limited", on_event=waits.append)
     assert source.remote is not None
     assert [wait.reason for wait in waits][:2] == ["the Hub limits how often it may be asked"] * 2
@@ -547,7 +538,7 @@ def test_a_limit_that_only_a_ratelimit_field_names_is_waited_for_and_told(hub: H
     # More often than anything else is tried, where the Hub lists files and where it sends them.
     for path, times in (("/api/models/org/a", TRIES), ("/blobs/", 1)):
         hub.fail("GET", path, times=times, status=429, headers={"RateLimit": '"api";r=0;t=1'})
-    waits: list[Waiting | Downloading] = []
+    waits: list[Any] = []
     began = time.monotonic()
     source = resolve("org/a", on_event=waits.append)
     told(fetch(source), waits.append)
@@ -561,7 +552,7 @@ def test_trouble_of_the_hub_is_waited_for(hub: Hub, tmp_path: Path) -> None:
     hub.fail("GET", "/api/models/", status=500)
     hub.fail("GET", "/blobs/", status=503)
     hub.fail("GET", "/blobs/", drop_after=100)
-    waits: list[Waiting] = []
+    waits: list[Any] = []
     resolve("org/troubled", on_event=waits.append)
     assert {wait.reason for wait in waits} == {
         "the Hub answered 500",
@@ -602,7 +593,7 @@ def test_an_interrupted_download_keeps_what_is_complete(hub: Hub, tmp_path: Path
     while len(fetched_weights(hub)) < 3:
         assert isinstance(next(events), Downloading)
     time.sleep(0.3)
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     assert not (tmp_path / "out.partial").exists()
     hub.log.clear()
     assert hashes(written(run(plan, tmp_path / "out"))) == from_folder(folder, tmp_path / "same")

@@ -22,25 +22,9 @@ from mlxq.sources.resolve import resolve
 from mlxq.tensors import TensorSpec
 from mlxq.writing.execute import Progress
 from tests.checkpoints import LLAMA, save
+from tests.disks import small_disk
+from tests.runs import hashes
 from tests.terminal import CTRL_C, at_a_terminal
-from tests.test_execute import hashes
-
-
-def small_disk(folder: Path, nbytes: int) -> Iterator[Path]:
-    """A file system of ``nbytes`` mounted at ``folder``; skips where mounting is not allowed."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(folder)]
-    try:
-        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
-    except FileNotFoundError:
-        mounted = False
-    if not mounted:
-        pytest.skip("mounting a small file system is not permitted here")
-    try:
-        yield folder
-    finally:
-        # Lazily: a failed test may still have files open there.
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture

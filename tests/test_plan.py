@@ -20,9 +20,10 @@ from mlxq.planning.plan import By, Decision, Plan, Stored
 from mlxq.recipe.load import load_recipe, recipe_from_dict
 from mlxq.sources.resolve import resolve
 from mlxq.writing.report import plan_facts
+from tests.architectures import DEEPSEEK, HUNYUAN, checkpoint, deepseek_weights
+from tests.arrays import assert_same_bits, load, tensors
 from tests.checkpoints import build, llama, save
-from tests.test_bit_identity import SMALL, assert_same_bits, checkpoint, quantize, tensors
-from tests.test_foreign import DEEPSEEK, deepseek_weights
+from tests.runs import quantize
 
 GATE = "model.layers.0.mlp.gate"
 
@@ -52,7 +53,7 @@ def test_many_shards_hold_what_one_file_holds(name: str, tmp_path: Path, monkeyp
     largest = max(sum(spec.nbytes for spec in step.outputs) for step in plan.steps)
     assert all(shard.nbytes - len(shard.header) <= max(30_000, largest) for shard in plan.shards)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
-    assert index["weight_map"] == {name: file.name for file in files for name in sorted(mx.load(str(file)))}
+    assert index["weight_map"] == {name: file.name for file in files for name in sorted(load(file))}
     assert list(index["weight_map"]) == sorted(index["weight_map"])
     assert index["metadata"]["total_size"] == sum(a.nbytes for a in tensors(tmp_path / "many").values())
     assert_same_bits(tmp_path / "one", tmp_path / "many")
@@ -137,13 +138,6 @@ def test_a_tied_head_named_in_strict_mode_is_no_misfit(tmp_path: Path) -> None:
     assert found.format == Format(6, 64)
     assert found.note
     assert not found.misfit
-
-
-HUNYUAN: dict[str, Any] = {
-    **SMALL, "model_type": "hunyuan", "attention_bias": False, "moe_topk": 1, "num_experts": 1, "num_shared_expert": 1,
-    "use_mixed_mlp_moe": False, "use_qk_norm": True, "use_cla": True, "cla_share_factor": 2,
-    "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"},
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("keys", [{"method": "gptq", "default": {"bits": 4}}, {"method": "rtn", "budget": {"bpw": 5}}])

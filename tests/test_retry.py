@@ -14,7 +14,7 @@ from mlxq.retry import Waiting, named_wait_s, waiting_for
 class LimitedError(Exception):
     """A refusal with an answer behind it."""
 
-    def __init__(self, status: int = 429, **headers: str) -> None:
+    def __init__(self, status: int = 429, /, **headers: str) -> None:
         super().__init__("limited")
         self.response = SimpleNamespace(
             status_code=status, headers={name.replace("_", "-"): value for name, value in headers.items()}

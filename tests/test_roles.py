@@ -84,7 +84,8 @@ class Handmade(nn.Module):  # type: ignore[misc]
     def __call__(self, ids: mx.array) -> mx.array:
         if not self.runs:
             raise RuntimeError("needs Metal")
-        return self.layers[0](self.embed_tokens(ids)) @ self.embed_tokens.weight.T
+        logits: mx.array = self.layers[0](self.embed_tokens(ids)) @ self.embed_tokens.weight.T
+        return logits
 
 
 @pytest.mark.parametrize("runs", [True, False])

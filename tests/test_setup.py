@@ -10,14 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tomli
 import yaml
 
 from tests.documents import DOCUMENTS, ROOT
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 # '.[cpu,dev]', mlxq[cuda], and in words: the extra `cpu`, the `dev` extra.
@@ -25,7 +21,7 @@ NAMED = re.compile(r"""(?:['"]\.|\bmlxq|extra="?)\[([a-z][\w,]*)\]|\bextras? `(\
 
 
 def project() -> dict[str, Any]:
-    return dict(tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"])
+    return dict(tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"])
 
 
 def test_every_extra_that_is_named_exists_and_every_one_is_named() -> None:

@@ -61,7 +61,7 @@ def test_the_installed_mlx_lm_is_as_expected(tmp_path: Path) -> None:
 
     folder = llama(tmp_path / "m")
     opened, config = upstream.load_model(
-        folder, classes=upstream.default_classes(), overrides={"rope_theta": 5.0}, trust_remote_code=False
+        folder, classes=upstream.default_classes(), overrides={"rope_theta": 5.0}, trusted=False
     )
     assert (config["model_type"], config["rope_theta"]) == ("llama", 5.0)
     assert len(opened.layers) == config["num_hidden_layers"]

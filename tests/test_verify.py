@@ -27,6 +27,7 @@ from mlxq.sources.soundness import Unsound, read_through
 from mlxq.writing.contract import config_faults
 from mlxq.writing.fidelity import TensorError, errors_against
 from mlxq.writing.verify import Check, check_contract, check_files, check_model, check_tokenizer, verify_folder
+from tests.arrays import load
 from tests.checkpoints import LLAMA, VOCABULARY, build, llama, save
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 17\n"
@@ -122,7 +123,7 @@ def test_the_error_says_what_spoils_a_number(
 
 def test_a_range_beyond_float32_is_told_from_a_damaged_source(tmp_path: Path) -> None:
     source = with_number(tmp_path / "model", UP, 3e38, "float32")
-    weights = mx.load(str(source / "model.safetensors"))
+    weights = load(source / "model.safetensors")
     weights[UP][0, 6] = -3e38
     mx.save_safetensors(str(source / "model.safetensors"), weights, {"format": "pt"})
     with pytest.raises(MlxqError, match=r"range of its numbers in row 0 .* is too large for 4 bits"):
@@ -183,7 +184,7 @@ def second_weights(folder: Path) -> None:
 
 
 def reshaped(folder: Path) -> None:
-    weights = dict(mx.load(str(folder / "model.safetensors")))
+    weights = load(folder / "model.safetensors")
     weights["model.norm.weight"] = weights["model.norm.weight"][:-1]
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
 
@@ -248,7 +249,7 @@ def test_formats_say_their_mode_where_the_models_own_is_another() -> None:
 
 def test_numbers_and_scales_are_read_through(model: Path, tmp_path: Path) -> None:
     out = make({"default": {"mode": "mxfp4"}}, model, tmp_path / "out")
-    weights = dict(mx.load(str(out / "model.safetensors")))
+    weights = load(out / "model.safetensors")
     weights["model.norm.weight"][3] = mx.nan
     weights[UP.replace("weight", "scales")][2, 0] = 255
     mx.save_safetensors(str(out / "model.safetensors"), weights, {"format": "mlx"})
@@ -284,10 +285,10 @@ def test_errors_are_those_of_the_format_and_no_others(recipe: dict[str, Any], mo
 
     assert wrong() == []
     # Rows of another place in the tensor, whose numbers are as likely as its own.
-    weights = dict(mx.load(str(out / "model.safetensors")))
+    weights = load(out / "model.safetensors")
     for part in ("weight", "scales", "biases"):
         if (name := UP.replace("weight", part)) in weights:
-            weights[name] = mx.roll(weights[name], 1, axis=0)
+            weights[name] = mx.roll(weights[name], 1, 0)
     weights["model.norm.weight"] = weights["model.norm.weight"] * 1.02
     mx.save_safetensors(str(out / "model.safetensors"), weights, {"format": "mlx"})
     assert sorted(wrong()) == [UP, "model.norm.weight"]

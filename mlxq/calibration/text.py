@@ -42,7 +42,7 @@ class TokenizedText:
 
 def corpus_text(half: str = "evaluation") -> str:
     """The shipped corpus' ``evaluation`` or ``calibration`` half: its files in order of name."""
-    folder = resources.files("mlxq.calibration").joinpath("corpus", half)
+    folder = resources.files("mlxq.calibration").joinpath("corpus").joinpath(half)
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".txt")), key=lambda f: f.name)
     return "\n\n".join(f.read_text(encoding="utf-8") for f in files)
 

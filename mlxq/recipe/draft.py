@@ -116,7 +116,8 @@ class Draft:
             data["rules"] = own + inherited
             for at, origin in parent.origins.items():
                 if len(at) > 1 and at[0] == "rules" and isinstance(at[1], int):
-                    origins[("rules", at[1] + len(own), *at[2:])] = origin
+                    place = ("rules", at[1] + len(own), *at[2:])
+                    origins[place] = origin
         return Draft(data, origins, self.own_rules, self.faults + parent.faults)
 
     def refusal(self) -> RecipeError:

@@ -269,7 +269,8 @@ class _Walk:
                 self.faults.append(YamlFault(line, (*path, key), message))
             else:
                 first_line[key] = line
-                self.lines[(*path, key)] = line
+                place = (*path, key)
+                self.lines[place] = line
                 yield key, child
 
     def _scalar(self, node: _Node, path: KeyPath) -> Any:

@@ -1,6 +1,6 @@
 """Peak memory of a whole budget run, scores, check and encoding, for models that differ only in depth.
 
-    python tests/benchmarks/calibration_memory.py [--work FOLDER] [--layers 8 32]
+    python -m tests.benchmarks.calibration_memory [--work FOLDER] [--layers 8 32]
 
 Writes checkpoints of random bf16 weights under the work folder and spends a budget on each, a process of its own. What
 calibration holds is a block with its gradients and the inputs of all blocks, so memory should grow with depth by those
@@ -14,7 +14,7 @@ import os
 import shutil
 from pathlib import Path
 
-from streaming import CONFIG, make_checkpoint, measure
+from tests.benchmarks.streaming import CONFIG, make_checkpoint, measure
 
 WIDTH, TOKENS = 1024, 2048
 SHAPE = {
@@ -44,10 +44,14 @@ def main() -> None:
             make_checkpoint(model, {**CONFIG, **SHAPE, "num_hidden_layers": layers})
         for earlier in (out, cache):
             shutil.rmtree(earlier, ignore_errors=True)
-        seconds, peak = measure(["mlxq", "quantize", str(model), *BUDGET, "-o", str(out), "--no-generate", "--quiet"])
+        took = measure(["mlxq", "quantize", str(model), *BUDGET, "-o", str(out), "--no-generate", "--quiet"])
         weights = 2 * sum(file.stat().st_size for file in model.glob("*.safetensors"))
         inputs = layers * TOKENS * WIDTH * 4
-        print(f"| {layers} | {weights / 1e9:.2f} | {inputs / 1e9:.2f} | {peak / 1e9:.2f} | {seconds:.0f} |", flush=True)
+        print(
+            f"| {layers} | {weights / 1e9:.2f} | {inputs / 1e9:.2f} | {took.peak_bytes / 1e9:.2f} "
+            f"| {took.wall_s:.0f} |",
+            flush=True,
+        )
         shutil.rmtree(out)
 
 

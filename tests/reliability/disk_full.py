@@ -19,7 +19,6 @@ from tests.reliability.watching import faults_of, weights
 
 BLOCK = 4096
 # The score cache, the log and temporary files of a run must not take room of the disk under test.
-OTHER_DISK = "XDG_CACHE_HOME"
 
 
 def may_mount(place: Path) -> bool:
@@ -42,7 +41,7 @@ def campaign(sizes: int) -> tuple[bool, int, list[str]]:
             return False, 0, []
         build_model(work / "model", layers=4)
         (work / "whole").mkdir()
-        ended = command(QUANTIZE, work / "whole", **{OTHER_DISK: str(work)})
+        ended = command(QUANTIZE, work / "whole", XDG_CACHE_HOME=str(work))
         assert ended.code == 0, ended.said
         expected = weights(work / "whole" / "out")
         needed = sum(-(-file.stat().st_size // BLOCK) * BLOCK for file in (work / "whole" / "out").iterdir())
@@ -58,7 +57,7 @@ def campaign(sizes: int) -> tuple[bool, int, list[str]]:
                 (place / "model").symlink_to(work / "model")
                 here = [part.replace("../model", str(work / "model")) for part in QUANTIZE]
                 here[here.index("out")] = str(place / "out")
-                ended = command(here, log, **{OTHER_DISK: str(work)})
+                ended = command(here, log, XDG_CACHE_HOME=str(work))
                 too_small += ended.code != 0
                 found = []
                 if ended.code not in (0, 1) or (ended.code == 1 and not ended.one_line):
@@ -67,7 +66,7 @@ def campaign(sizes: int) -> tuple[bool, int, list[str]]:
                     found.append("the final name stands after a failure, or does not after success")
                 if ended.code != 0:
                     subprocess.run(["mount", "-o", f"remount,size={2 * needed + (1 << 20)}", place], check=True)
-                    again = command(here, log, **{OTHER_DISK: str(work)})
+                    again = command(here, log, XDG_CACHE_HOME=str(work))
                     found += [] if again.code == 0 else [f"fails with room, too: {again.said}"]
                 if not found and (weights(place / "out") != expected or faults_of(place / "out")):
                     found.append("ends in something else")
