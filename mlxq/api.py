@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -25,8 +24,9 @@ from mlxq.retry import Waiting, told
 if TYPE_CHECKING:
     from mlxq.architecture.inspection import Inspection
     from mlxq.budget.spend import Scoring
-    from mlxq.comparison.measure import Candidate, Comparison, Settings
+    from mlxq.comparison.measure import Candidate, Settings
     from mlxq.comparison.measure import Progress as Measuring
+    from mlxq.comparison.result import Comparison
     from mlxq.machine.devices import Device
     from mlxq.machine.memory import Fit
     from mlxq.pipeline import Allocated, Finished, Remark, Resumed
@@ -315,32 +315,18 @@ def compared(
 
 def measure(models: Sequence[Candidate], settings: Settings, *, on_event: OnEvent = ignore) -> Comparison:
     """Compare the first of ``models`` with the others; each result is kept as soon as it is there."""
-    from mlxq.comparison.measure import Comparison
     from mlxq.comparison.measure import compare as comparing
+    from mlxq.comparison.report import keep_result
+    from mlxq.comparison.result import Comparison
 
     done: Comparison | None = None
     for event in comparing(models[0], models[1:], settings):
         if isinstance(event, Comparison):
             done = event
-            _record(event, models)
+            keep_result(event, models)
         on_event(event)
     assert done is not None, "a comparison ends with its results"
     return done
-
-
-def _record(comparison: Comparison, models: Sequence[Candidate]) -> None:
-    """Put the newest result into the ``mlxq.json`` beside the model, where it has one."""
-    from mlxq.comparison.report import candidate_facts
-    from mlxq.writing.report import FILE_NAME, read_report, write_report
-
-    newest = models[len(comparison.results) - 1]
-    if newest is models[0] or newest.folder is None or not (newest.folder / FILE_NAME).is_file():
-        return
-    report = read_report(newest.folder / FILE_NAME)
-    report["comparison"] = candidate_facts(comparison.results[-1], comparison)
-    # A read-only folder (the Hub's cache, say) is measured all the same.
-    with suppress(PermissionError):
-        write_report(report, newest.folder)
 
 
 def gate_results(gates: Sequence[Gate], comparison: Comparison) -> tuple[GateResult, ...]:

@@ -11,8 +11,8 @@ import pytest
 
 from mlxq.calibration.text import TextInfo
 from mlxq.comparison import charts
-from mlxq.comparison.measure import Comparison, ModelResult, verdict
 from mlxq.comparison.report import comparison_facts, comparison_html, comparison_markdown
+from mlxq.comparison.result import Comparison, ModelResult, verdict
 from mlxq.metrics.faithfulness import Faithfulness
 from mlxq.metrics.size import Size
 from mlxq.recipe.gates import check_gates, parse_gate

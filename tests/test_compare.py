@@ -13,7 +13,8 @@ from typer.testing import CliRunner, Result
 
 from mlxq.cli import app
 from mlxq.comparison.candidates import model_candidate, recipe_candidate
-from mlxq.comparison.measure import Comparison, Settings, compare, stored_candidate
+from mlxq.comparison.measure import Settings, compare, stored_candidate
+from mlxq.comparison.result import Comparison
 from mlxq.errors import BadInputError, GateError
 from mlxq.pipeline import prepare, run
 from mlxq.recipe.load import load_recipe, names_recipe

@@ -16,7 +16,7 @@ from mlxq.show.watch import watching
 
 if TYPE_CHECKING:
     from mlxq.api import Event
-    from mlxq.comparison.measure import Comparison
+    from mlxq.comparison.result import Comparison
     from mlxq.planning.plan import Plan
     from mlxq.recipe.gates import GateResult
 
@@ -112,7 +112,7 @@ class _Kept:
 
     def add(self, event: Event, tell: Callable[[Event], None]) -> None:
         """Keep a comparison, and pass every event on."""
-        from mlxq.comparison.measure import Comparison
+        from mlxq.comparison.result import Comparison
 
         if isinstance(event, Comparison):
             self.newest = event
@@ -150,8 +150,8 @@ def _show(
     plot: Path | None,
 ) -> None:
     from mlxq.comparison import charts
-    from mlxq.comparison.measure import verdict
     from mlxq.comparison.report import comparison_facts, comparison_html, comparison_markdown, footnotes
+    from mlxq.comparison.result import verdict
     from mlxq.show import comparison_tables
     from mlxq.writing import pictures
 

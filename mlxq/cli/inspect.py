@@ -63,22 +63,7 @@ def command(
                 "--recipe shows a plan, which --layers, --match, --text, --device and --check do not change",
                 "Leave them out, or leave out --recipe.",
             )
-        from mlxq.cli.writing import show_plan
-        from mlxq.machine.backend import start_mlx
-        from mlxq.recipe.load import load_recipe
-
-        loaded = load_recipe(recipe)
-        if loaded.budget is not None:
-            raise BadInputError(
-                f"what recipe {loaded.name} does with its budget shows only after calibration",
-                f"mlxq quantize {recipe} --model {model} --dry-run calibrates and shows the plan.",
-            )
-        start_mlx()
-        from mlxq.pipeline import default_output, prepare
-        from mlxq.planning.plan import Stored
-
-        plan = prepare(loaded, find_model(model, trusted=trust_remote_code), Stored.REQUANTIZE)
-        show_plan(plan, out=default_output(loaded, model), why=why)
+        _show_plan(model, recipe, why, trusted=trust_remote_code)
         return
     from mlxq import api
     from mlxq.architecture.tokenizer import encode_text
@@ -105,6 +90,28 @@ def command(
     elif unsound is not None:
         console.show("Every number is finite.")
     _refuse(unsound, model)
+
+
+def _show_plan(model: str, recipe: str, why: str, *, trusted: bool) -> None:
+    """What a recipe would make of a model. Raises BadInputError where that shows only after calibration."""
+    from mlxq.cli.fetching import find_model
+    from mlxq.cli.writing import show_plan
+    from mlxq.errors import BadInputError
+    from mlxq.machine.backend import start_mlx
+    from mlxq.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe)
+    if loaded.budget is not None:
+        raise BadInputError(
+            f"what recipe {loaded.name} does with its budget shows only after calibration",
+            f"mlxq quantize {recipe} --model {model} --dry-run calibrates and shows the plan.",
+        )
+    start_mlx()
+    from mlxq.pipeline import default_output, prepare
+    from mlxq.planning.plan import Stored
+
+    plan = prepare(loaded, find_model(model, trusted=trusted), Stored.REQUANTIZE)
+    show_plan(plan, out=default_output(loaded, model), why=why)
 
 
 def _read_through(source: ModelSource) -> tuple[Unsound, ...]:

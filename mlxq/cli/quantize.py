@@ -92,7 +92,8 @@ def command(
     from mlxq.show.console import console
 
     console.use(quiet=quiet, as_json=as_json)
-    _check_together(recipe, locked, sets, bpw, size, frontier, plot)
+    _check_together(recipe, locked, sets, bpw, size, frontier)
+    _check_plot(plot, frontier=frontier)
     if why is not None:
         check_pattern(why, "--why")
     writes = not (dry_run or frontier or why is not None)
@@ -243,7 +244,6 @@ def _check_together(
     bpw: float | None,
     size: str | None,
     frontier: bool,
-    plot: Path | None,
 ) -> None:
     """Raise BadInputError for options that contradict each other."""
     from mlxq.errors import BadInputError
@@ -256,6 +256,12 @@ def _check_together(
         raise BadInputError("--locked rebuilds what was recorded, so it takes no --set and no budget")
     if bpw is not None and size is not None:
         raise BadInputError("--bpw and --size are two budgets", "Give the one that binds.")
+
+
+def _check_plot(plot: Path | None, *, frontier: bool) -> None:
+    """Raise BadInputError for a picture that cannot be drawn."""
+    from mlxq.errors import BadInputError
+
     if plot is not None and not frontier:
         raise BadInputError("--plot draws the curve of --frontier", "Add --frontier.")
     if plot is not None and plot.suffix not in (".svg", ".png"):

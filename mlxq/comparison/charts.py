@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mlxq.comparison.measure import Comparison, ModelResult
+from mlxq.comparison.result import Comparison, ModelResult
 from mlxq.writing.pictures import COLORS, GREY, label_axes, new_figure
 
 if TYPE_CHECKING:

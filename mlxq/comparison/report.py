@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 from mlxq import __version__
-from mlxq.comparison.measure import Comparison, ModelResult, verdict
+from mlxq.comparison.measure import Candidate
+from mlxq.comparison.result import Comparison, ModelResult, verdict
 from mlxq.metrics.metric import METRICS, Metric, chosen, value_text, with_error_text
 from mlxq.recipe.gates import GateResult
+from mlxq.writing.report import FILE_NAME, read_report, write_report
 
 SCHEMA = "mlxq.comparison"
 SCHEMA_VERSION = 1
@@ -215,3 +218,15 @@ def _answers_by_prompt(comparison: Comparison) -> list[dict[str, Any]]:
         }
         for index, answer in enumerate(timed[0][1].answers)
     ]
+
+
+def keep_result(comparison: Comparison, models: Sequence[Candidate]) -> None:
+    """Put the newest result into the ``mlxq.json`` beside the model, where it has one."""
+    newest = models[len(comparison.results) - 1]
+    if newest is models[0] or newest.folder is None or not (newest.folder / FILE_NAME).is_file():
+        return
+    report = read_report(newest.folder / FILE_NAME)
+    report["comparison"] = candidate_facts(comparison.results[-1], comparison)
+    # A read-only folder (the Hub's cache, say) is measured all the same.
+    with suppress(PermissionError):
+        write_report(report, newest.folder)

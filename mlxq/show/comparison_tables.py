@@ -13,7 +13,7 @@ from mlxq.metrics.metric import chosen, with_error_text
 from mlxq.show.tables import plain_table, size_text
 
 if TYPE_CHECKING:
-    from mlxq.comparison.measure import Comparison
+    from mlxq.comparison.result import Comparison
 
 
 def comparison_tables(comparison: Comparison) -> list[Table]:

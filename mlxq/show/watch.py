@@ -48,8 +48,8 @@ class _Watcher:
 
     def tell(self, event: Event) -> None:
         from mlxq.budget.spend import Scoring
-        from mlxq.comparison.measure import Comparison
         from mlxq.comparison.measure import Progress as Measuring
+        from mlxq.comparison.result import Comparison
         from mlxq.pipeline import Remark, Resumed
         from mlxq.publish.check import Checked
         from mlxq.publish.publish import Doing
