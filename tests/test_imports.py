@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -116,6 +117,20 @@ def reachable(graph: Mapping[str, set[str]], start: str) -> set[str]:
 
 def test_every_room_has_its_place() -> None:
     assert {room_of(name) for name in GRAPH} == set(ROOMS)
+
+
+def test_the_design_lists_the_rooms_in_their_order_and_only_files_that_are_there() -> None:
+    design = (PACKAGE.parent / "docs" / "design.md").read_text(encoding="utf-8")
+    listing = design.partition("\nmlxq/\n")[2].partition("\nrecipes/")[0]
+    rooms = []
+    for line in listing.splitlines():
+        first = line.split()[0]
+        room = first.rstrip("/") if first.endswith("/") else ""
+        if line.startswith("  ") and (PACKAGE / first).exists():
+            rooms.append(first.rstrip("/").removesuffix(".py"))
+        for file in re.findall(r"[\w*]+\.(?:py|yaml)\b", line):
+            assert any((PACKAGE / room).glob(file)), f"{room}/{file}"
+    assert [room for room in rooms if room in ROOMS] == [room for room in ROOMS if room]
 
 
 def test_imports_point_one_way_room_by_room() -> None:

@@ -20,8 +20,12 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 NAMED = re.compile(r"""(?:['"]\.|\bmlxq|extra="?)\[([a-z][\w,]*)\]|\bextras? `(\w+)`|`(\w+)` extra\b""")
 
 
+def pyproject() -> dict[str, Any]:
+    return tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
 def project() -> dict[str, Any]:
-    return dict(tomli.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"])
+    return dict(pyproject()["project"])
 
 
 def test_every_extra_that_is_named_exists_and_every_one_is_named() -> None:
@@ -40,6 +44,40 @@ def test_the_oldest_python_is_the_one_that_is_tested() -> None:
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))["jobs"]
     tested = jobs["test"]["strategy"]["matrix"]["python"]
     assert {oldest, "3.12", "3.13"} == set(tested)
+
+
+def makefile() -> str:
+    return (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_every_target_that_is_named_exists_and_contributing_names_them_all() -> None:
+    targets = set(re.findall(r"^(\w+):", makefile(), re.MULTILINE))
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile(), re.MULTILINE)
+    assert targets == set(phony.split())
+    contributing = ROOT / "CONTRIBUTING.md"
+    for file in (*DOCUMENTS, contributing, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"):
+        named = set(re.findall(r"`make (\w+)", file.read_text(encoding="utf-8")))
+        assert named <= targets, f"{file.relative_to(ROOT)} names {named - targets}"
+    assert set(re.findall(r"`make (\w+)", contributing.read_text(encoding="utf-8"))) == targets
+
+
+def test_what_make_runs_is_there() -> None:
+    (long,) = re.findall(r"^LONG := (.*(?:\\\n.*)*)$", makefile(), re.MULTILINE)
+    for name in long.replace("\\", "").split():
+        assert (ROOT / "tests" / f"test_{name}.py").is_file(), name
+    for module in re.findall(r"python -m (mlxq[\w.]+)", makefile()):
+        assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), module
+    markers = {marker.partition(":")[0] for marker in pyproject()["tool"]["pytest"]["ini_options"]["markers"]}
+    assert set(re.findall(r"-m (?:\"not )?(\w+)\"?$", makefile(), re.MULTILINE)) <= markers
+
+
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "docs/design.md"])
+def test_files_that_are_pointed_at_are_there(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for path in re.findall(r"`((?:mlxq|tests|docs|recipes)/[\w/.]+\.\w+)`", text):
+        assert (ROOT / path).is_file(), path
+    for test in re.findall(r"`(test_\w+)`", text):
+        assert any(f"def {test}(" in file.read_text(encoding="utf-8") for file in (ROOT / "tests").glob("*.py")), test
 
 
 # What pip says and writes: https://pip.pypa.io/en/stable/reference/installation-report/

@@ -22,15 +22,13 @@ REPACKABLE: dict[str, Format] = {
     "Q5_1": Format(5, GROUP),
     "Q8_0": Format(8, GROUP),
 }
-# Block types that MLX has under the same name.
-_SAME_MODE = {"MXFP4": MODES["mxfp4"].default, "NVFP4": MODES["nvfp4"].default}
 FLOAT_TYPES = ("F32", "F16", "BF16")
 
 
 def nearest_format(ggml_type: str) -> Format | None:
     """The MLX format nearest to a GGML type, None for float types.
 
-    Types in ``REPACKABLE`` give their exact twin, MXFP4 and NVFP4 the mode of that name. Others keep their whole
+    Types in ``REPACKABLE`` give their exact twin, those that MLX has by the same name (MXFP4, NVFP4) that mode. Others keep their whole
     bits per weight (at least 2) and take the group size that comes nearest in total bits per weight.
     """
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -39,8 +37,8 @@ def nearest_format(ggml_type: str) -> Format | None:
         return None
     if ggml_type in REPACKABLE:
         return REPACKABLE[ggml_type]
-    if ggml_type in _SAME_MODE:
-        return _SAME_MODE[ggml_type]
+    if (mode := MODES.get(ggml_type.lower())) is not None:
+        return mode.default
     weights, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[ggml_type]]
     wanted = 8 * nbytes / weights
     bits = max(b for b in AFFINE.bits if b <= max(wanted, 2))
