@@ -1,4 +1,4 @@
-"""Files that must be whole: their hash, what tells of a change, and the one step in which they take their name."""
+"""Files that must be whole: their hash, what tells of a change, the one step in which they take their name."""
 
 from __future__ import annotations
 
@@ -6,14 +6,18 @@ import errno
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from mlxq.errors import BadInputError
 
 # What a file being written is called until it is whole.
 NEW = ".new"
 # What a file system answers that does not offer a call.
 _NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOTTY)
+# What a file of a Git repository begins with where its content was never fetched (Git LFS specification, pointers).
+_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
 def sha256_file(file: Path) -> str:
@@ -51,6 +55,25 @@ class FileState:
 def states_of(files: Iterable[Path]) -> dict[Path, FileState]:
     """The state of each that is a file."""
     return {file: state for file in files if (state := FileState.of(file)) is not None}
+
+
+def refuse_pointer(name: str | Path, start: bytes) -> None:
+    """Raise BadInputError where a file that begins with ``start`` is a Git LFS pointer: a note in place of content."""
+    if start.startswith(_POINTER):
+        raise BadInputError(
+            f"{name} is a Git LFS pointer, not the file itself",
+            "Fetch what it stands for: git lfs pull, in the folder of the repository.",
+        )
+
+
+def refuse_pointers(files: Mapping[str, Path | bytes]) -> None:
+    """As ``refuse_pointer``, of files by name, given as content or where it lies."""
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            refuse_pointer(name, content)
+        else:
+            with content.open("rb") as stream:
+                refuse_pointer(content, stream.read(len(_POINTER)))
 
 
 def rename_durably(written: Path, file: Path) -> None:

@@ -7,10 +7,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxq.cli.fetching import fetched, say_waiting
-from mlxq.cli.interrupts import interrupts
+from mlxq.cli.fetching import brought_for
 from mlxq.show.console import console
-from mlxq.show.meters import progress
+from mlxq.show.watch import watching
 
 if TYPE_CHECKING:
     from mlxq.pipeline import Finished
@@ -18,13 +17,7 @@ if TYPE_CHECKING:
     from mlxq.running.question import Generation
 
 
-def show_plan(
-    plan: Plan,
-    *,
-    out: Path,
-    why: str | None,
-    low_disk: bool = False,
-) -> None:
+def show_plan(plan: Plan, *, out: Path, why: str | None, low_disk: bool = False) -> None:
     """Print the plan: as JSON, as the reasons for the modules ``why`` matches, or as the whole table."""
     from mlxq.show import plan_tables
     from mlxq.writing.disk_space import room_needed
@@ -44,20 +37,10 @@ def show_plan(
         console.note(f"Nothing was {what}. Run it without --dry-run to make the model.")
 
 
-def write_model(
-    plan: Plan,
-    out: Path,
-    *,
-    force: bool,
-    generate: bool,
-    low_disk: bool = False,
-) -> Finished:
+def write_model(plan: Plan, out: Path, *, force: bool, generate: bool, low_disk: bool = False) -> Finished:
     """Run a plan with progress, then show the result and the line that tries it."""
-    from mlxq.pipeline import Finished, Resumed, run
-    from mlxq.retry import Waiting
+    from mlxq import api
     from mlxq.show.plan_tables import plan_notes
-    from mlxq.sources.download import Downloading
-    from mlxq.writing.execute import Progress
     from mlxq.writing.standing import check_output, partial_of
 
     began = time.perf_counter()
@@ -67,34 +50,17 @@ def write_model(
     if low_disk and plan.source.remote is None:
         console.note(f"{plan.source.name} is on this disk already, so --low-disk changes nothing")
     if not low_disk:
-        plan = fetched(plan, out)
-    finished: Finished | None = None
-    written = 0
+        plan = brought_for(plan, out)
     partial = partial_of(out)
     try:
-        with interrupts() as stop_if_pressed, progress(f"Writing {out.name}") as meter:
-            for event in run(plan, out, force=force, low_disk=low_disk):
-                stop_if_pressed()
-                if isinstance(event, Progress):
-                    written = event.written_bytes
-                    meter.update(event.written_bytes, event.total_bytes, event.finished)
-                elif isinstance(event, Resumed) and event.discarded:
-                    console.warn(f"{event.folder} held {event.discarded}; it was started afresh")
-                elif isinstance(event, Resumed):
-                    console.note(f"continuing {event.folder}: {event.step_count} tensors were finished")
-                elif isinstance(event, Waiting):
-                    say_waiting(event)
-                elif isinstance(event, Downloading):
-                    meter.update(written, plan.weight_bytes, f"fetching {event.file or 'the small files'}")
-                elif isinstance(event, Finished):
-                    finished = event
+        with watching(f"Writing {out.name}") as tell:
+            finished = api.write(plan, out, force=force, low_disk=low_disk, on_event=tell)
     except KeyboardInterrupt:
         if partial.is_dir():
             console.warn(f"stopped; what is finished stays in {partial}, and the same command continues from there")
         else:
             console.warn(f"stopped; {out} is complete" if out.is_dir() else "stopped; nothing was written")
         raise
-    assert finished is not None
     seconds = time.perf_counter() - began
     answer = _ask(finished, trusted=plan.source.trusted) if generate else None
     _show_result(plan, finished, answer, seconds)

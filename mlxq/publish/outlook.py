@@ -11,13 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError
+from mlxq.places import place_in
 from mlxq.publish import card
-from mlxq.publish.check import PLOT, WEIGHTS, Checked
+from mlxq.publish.check import WEIGHTS, Checked
 from mlxq.publish.hub import HubFile, Remote, git_hash, hub_api, remote_state, remote_text
 from mlxq.recipe.target import Target
 from mlxq.sources.front_matter import FILE_NAME as CARD
 from mlxq.sources.front_matter import as_text
-from mlxq.writing.report import FILE_NAME, report_bytes
+from mlxq.writing.report import FILE_NAME, report_bytes, shareable
+from mlxq.writing.verify import PLOT
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -86,22 +88,22 @@ def change_of(there: HubFile | None, sha256: str, content: bytes | None, file: P
 def _draw(checked: Checked, target: Target, existing: str | None) -> dict[str, bytes]:
     """The files that are written for publishing: the plot where something was measured, the card, ``mlxq.json``."""
     drawn = {} if checked.plot is None else {PLOT: checked.plot}
-    ours = card.make_card(checked.report, target.repo, checked.folder, PLOT if PLOT in drawn else None)
+    ours = card.make_card(shareable(checked.report), target.repo, checked.folder, PLOT if PLOT in drawn else None)
     drawn[CARD] = card.render(ours, existing, old_name=checked.folder.name).encode()
     files = {name: facts for name, facts in checked.report["files"].items() if name != PLOT}
     files |= {name: card.file_facts(content) for name, content in drawn.items()}
-    drawn[FILE_NAME] = report_bytes(_without_paths({**checked.report, "files": files}))
+    drawn[FILE_NAME] = report_bytes({**checked.report, "files": files})
+    _check_places(drawn)
     return drawn
 
 
-def _without_paths(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The report as the world may read it: of a folder on this machine only its name."""
-    shown = dict(report)
-    for key, named in (("source", "name"), ("comparison", "reference")):
-        part = shown.get(key)
-        if isinstance(part, dict) and Path(str(part.get(named, ""))).is_absolute():
-            shown[key] = {**part, named: Path(part[named]).name}
-    return shown
+def _check_places(drawn: Mapping[str, bytes]) -> None:
+    """Raise BadInputError where what is published names a folder that tells whose machine this is."""
+    for name in (CARD, FILE_NAME):
+        if found := place_in(drawn[name].decode()):
+            raise BadInputError(
+                f"{name} names {found}, a folder of this machine", "Take it out before it is published."
+            )
 
 
 def _card_to_keep(api: HfApi, checked: Checked, target: Target, remote: Remote, *, force: bool) -> str | None:

@@ -14,7 +14,9 @@ from mlxq.errors import BadInputError
 from mlxq.files import NEW, sha256_file, write_durably
 from mlxq.headers import encode_header, read_json
 from mlxq.metrics.size import Size
+from mlxq.places import without_places
 from mlxq.planning.plan import Decision, Plan
+from mlxq.recipe.model import Recipe
 from mlxq.sources.base import ModelSource
 from mlxq.sources.belongings import TEMPLATES
 
@@ -77,9 +79,12 @@ def build_report(
     peak_memory_bytes: int,
     files: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Everything ``mlxq.json`` holds. Timings are in seconds; ``files`` is what ``hash_files`` says of the folder."""
+    """Everything ``mlxq.json`` holds, fit to be published.
+
+    Timings are in seconds; ``files`` is what ``hash_files`` says of the folder.
+    """
     facts = plan_facts(plan)
-    return {
+    report = {
         "schema": "mlxq.report",
         "schema_version": SCHEMA_VERSION,
         "versions": versions(),
@@ -103,6 +108,14 @@ def build_report(
         "timings_s": dict(timings),
         "files": dict(files),
     }
+    return shareable(report, plan.recipe)
+
+
+def shareable(report: Mapping[str, Any], recipe: Recipe | None = None) -> dict[str, Any]:
+    """The report as the world may read it: without where on this machine its model, recipe and texts lie."""
+    known = () if recipe is None else (recipe.path, recipe.model, recipe.output, *recipe.calibration.texts)
+    shown: dict[str, Any] = without_places(report, [path for path in known if path])
+    return shown
 
 
 def hash_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
@@ -131,7 +144,7 @@ def versions() -> dict[str, str]:
 
 def report_bytes(report: Mapping[str, Any]) -> bytes:
     """A ``mlxq.json`` as it is stored."""
-    return (json.dumps(report, indent=2) + "\n").encode()
+    return (json.dumps(shareable(report), indent=2) + "\n").encode()
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
