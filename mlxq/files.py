@@ -1,9 +1,8 @@
-"""Files that must be whole: their hash, what tells of a change, the one step in which they take their name."""
+"""Files that must be whole: their hash, what tells of a change, the step in which they take their name, pointers."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import os
 from collections.abc import Iterable, Mapping
@@ -31,6 +30,25 @@ def sha256_file(file: Path) -> str:
         return digest.hexdigest()
 
 
+def refuse_pointer(name: str | Path, start: bytes) -> None:
+    """Raise BadInputError where a file that begins with ``start`` is a Git LFS pointer: a note in place of content."""
+    if start.startswith(_POINTER):
+        raise BadInputError(
+            f"{name} is a Git LFS pointer, not the file itself",
+            "Fetch what it stands for: git lfs pull, in the folder of the repository.",
+        )
+
+
+def refuse_pointers(files: Mapping[str, Path | bytes]) -> None:
+    """As ``refuse_pointer``, of files by name, given as content or where it lies."""
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            refuse_pointer(name, content)
+        else:
+            with content.open("rb") as stream:
+                refuse_pointer(content, stream.read(len(_POINTER)))
+
+
 @dataclass(frozen=True)
 class FileState:
     """What changes whenever a file does: its times in nanoseconds, the change time among them, which nobody can set.
@@ -55,25 +73,6 @@ class FileState:
 def states_of(files: Iterable[Path]) -> dict[Path, FileState]:
     """The state of each that is a file."""
     return {file: state for file in files if (state := FileState.of(file)) is not None}
-
-
-def refuse_pointer(name: str | Path, start: bytes) -> None:
-    """Raise BadInputError where a file that begins with ``start`` is a Git LFS pointer: a note in place of content."""
-    if start.startswith(_POINTER):
-        raise BadInputError(
-            f"{name} is a Git LFS pointer, not the file itself",
-            "Fetch what it stands for: git lfs pull, in the folder of the repository.",
-        )
-
-
-def refuse_pointers(files: Mapping[str, Path | bytes]) -> None:
-    """As ``refuse_pointer``, of files by name, given as content or where it lies."""
-    for name, content in files.items():
-        if isinstance(content, bytes):
-            refuse_pointer(name, content)
-        else:
-            with content.open("rb") as stream:
-                refuse_pointer(content, stream.read(len(_POINTER)))
 
 
 def rename_durably(written: Path, file: Path) -> None:
@@ -103,6 +102,9 @@ def make_folder_durably(folder: Path) -> None:
 
 def sync(descriptor: int) -> None:
     """Bring a file to the disk itself: macOS's ``fsync`` ends at the drive's own memory, and F_FULLFSYNC does not."""
+    # Here and not above: Windows has no such module, and mlxq says there in one line that it does not run.
+    import fcntl
+
     full = getattr(fcntl, "F_FULLFSYNC", None)
     if full is not None:
         try:
