@@ -1,10 +1,13 @@
-"""Files that must be whole: their hash, and the one step in which they take their name."""
+"""Files that must be whole: their hash, whether they can be written, and the step in which they take their name."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import tempfile
 from pathlib import Path
+
+from mlxq.errors import BadInputError
 
 
 def sha256_file(file: Path) -> str:
@@ -23,6 +26,43 @@ def rename_durably(written: Path, file: Path) -> None:
     _flush(written)
     os.replace(written, file)
     _flush(file.parent)
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write ``file`` so that a reader sees the old one or the new one, never half; a pipe or device takes the bytes."""
+    if file.exists() and not file.is_file():
+        file.write_bytes(content)
+        return
+    # Written beside what a link leads to, so that it stays a link.
+    target = Path(os.path.realpath(file))
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        rename_durably(Path(name), target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def check_writable(file: Path) -> None:
+    """Raise BadInputError where ``file`` could not be written, before there is anything to write."""
+    try:
+        if file.is_dir():
+            raise BadInputError(f"cannot write {file}: it is a folder")
+        folder = file.absolute().parent
+        if not folder.is_dir():
+            raise BadInputError(f"cannot write {file}: there is no folder {folder}", "Make it first.")
+        if file.exists() and not file.is_file():
+            return
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as exc:
+        # A path with a NUL byte is refused by Python itself.
+        raise BadInputError(f"cannot write {file}: {getattr(exc, 'strerror', None) or exc}") from exc
 
 
 def _flush(path: Path) -> None:
