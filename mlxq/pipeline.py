@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxq.architecture.bind import bind
 from mlxq.architecture.opening import open_lazily
-from mlxq.budget.spend import Scoring, Spending, spend
+from mlxq.budget.spend import Remark, Scoring, Spending, spend
 from mlxq.calibration.streamed import not_sequential
 from mlxq.errors import BadInputError, MlxqError, RecipeError
 from mlxq.headers import read_file_header
@@ -104,7 +104,9 @@ def prepare(
     return make_plan(source, recipe, architecture, options.stored, spent=spent, uncalibrated=reason)
 
 
-def allocated_plan(draft: Plan, options: Options, *, measure_curve: bool = False) -> Iterator[Scoring | Allocated]:
+def allocated_plan(
+    draft: Plan, options: Options, *, measure_curve: bool = False
+) -> Iterator[Scoring | Remark | Allocated]:
     """Spend the budget of ``draft``: progress, then the plan with every format chosen.
 
     Raises BadInputError where the budget is too small.
@@ -112,7 +114,7 @@ def allocated_plan(draft: Plan, options: Options, *, measure_curve: bool = False
     for event in spend(
         draft, _presets(draft), measure_curve=measure_curve, trust_remote_code=options.trust_remote_code
     ):
-        if isinstance(event, Scoring):
+        if isinstance(event, Scoring | Remark):
             yield event
             continue
         plan = make_plan(

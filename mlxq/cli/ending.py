@@ -142,4 +142,6 @@ def _whole_streams() -> None:
         io.BufferedWriter(_Stdout(1, "wb", closefd=False)), encoding, "backslashreplace", line_buffering=os.isatty(1)
     )
     if sys.stderr is None:
-        sys.stderr = io.TextIOWrapper(io.FileIO(2, "wb", closefd=False), "utf-8", "backslashreplace", write_through=True)
+        sys.stderr = io.TextIOWrapper(
+            io.FileIO(2, "wb", closefd=False), "utf-8", "backslashreplace", write_through=True
+        )

@@ -18,7 +18,7 @@ def spend_budget(draft: Plan, options: Options, *, measure_curve: bool) -> tuple
     """Choose the formats that the recipe's budget leaves open."""
     import time
 
-    from mlxq.budget.spend import Scoring
+    from mlxq.budget.spend import Remark, Scoring
     from mlxq.pipeline import allocated_plan
 
     for remark in draft.remarks:
@@ -26,6 +26,9 @@ def spend_budget(draft: Plan, options: Options, *, measure_curve: bool) -> tuple
     began, stage = time.monotonic(), ""
     with stages("Budget") as meter:
         for event in allocated_plan(draft, options, measure_curve=measure_curve):
+            if isinstance(event, Remark):
+                console.warn(event.text)
+                continue
             if not isinstance(event, Scoring):
                 return event.plan, event.spending
             if event.stage != stage:

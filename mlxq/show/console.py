@@ -17,8 +17,8 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
 
-from mlxq.errors import MlxqError
 from mlxq.clean import clean, clean_json
+from mlxq.errors import MlxqError
 
 # Read by CI logs and pipes as wide as the tables are laid out for; a terminal says its own width.
 PIPE_WIDTH = 120

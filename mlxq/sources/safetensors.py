@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError
 from mlxq.headers import StoredTensor, read_file_header, read_json
+from mlxq.sources.config_shape import check_config
 from mlxq.sources.quantization import Quantization, believed, stated_quantization
 from mlxq.tensors import TensorSpec
 
@@ -168,7 +169,7 @@ def open_folder(folder: Path, name: str, *, trusted: bool = False) -> Safetensor
     model, or where the index names files that are not there.
     """
     config_file = folder / "config.json"
-    if not config_file.is_file():
+    if not config_file.exists():
         hint = "Name a folder with config.json and model*.safetensors, a .gguf file, or a Hub id such as org/name."
         if any(folder.glob("*.gguf")):
             hint = f"It holds GGUF files; name one of them, such as {next(iter(sorted(folder.glob('*.gguf'))))}."
@@ -182,7 +183,7 @@ def open_folder(folder: Path, name: str, *, trusted: bool = False) -> Safetensor
             f"It has {', '.join(sorted(others)[:3])}; save the model as model*.safetensors first." if others else None,
         )
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise BadInputError(f"{index} has no weight_map")
@@ -204,4 +205,5 @@ def open_folder(folder: Path, name: str, *, trusted: bool = False) -> Safetensor
             stored[tensor.spec.name] = tensor
     if not stored:
         raise BadInputError(f"{folder} holds no tensors")
+    check_config(config, len(stored), str(config_file))
     return SafetensorsFolder(name, folder, believed(config, stored), stored, trusted=trusted)

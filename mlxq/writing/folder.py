@@ -19,8 +19,10 @@ from types import TracebackType
 from typing import Any
 
 from mlxq.errors import BadInputError, MlxqError
+from mlxq.headers import json_object
 from mlxq.planning.layout import config_text
 from mlxq.planning.plan import Plan
+from mlxq.reading import read_bytes
 from mlxq.writing.trailing import Trailing
 
 JOURNAL = "journal.jsonl"
@@ -95,7 +97,7 @@ class PartialFolder:
         journal = self.folder / JOURNAL
         lines = list(_whole_lines(journal)) if journal.is_file() else []
         if lines and lines[0].get("plan") == fingerprint:
-            return Found(frozenset(str(line["step"]) for line in lines[1:]), discarded=False)
+            return Found(frozenset(line["step"] for line in lines[1:] if "step" in line), discarded=False)
         for file in self.folder.iterdir():
             if file.name != "lock":
                 shutil.rmtree(file) if file.is_dir() else file.unlink()
@@ -228,10 +230,13 @@ def _explained(exc: OSError, folder: Path) -> MlxqError:
 
 def _whole_lines(journal: Path) -> Iterator[Mapping[str, Any]]:
     """The journal's complete lines; a line cut off by a crash ends it."""
-    for line in journal.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
+    for line in read_bytes(journal).splitlines(keepends=True):
+        if not line.endswith(b"\n"):
             return
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            entry = json_object(line, str(journal))
+        except BadInputError:
             return
+        if not isinstance(entry.get("plan" if "plan" in entry else "step"), str):
+            return
+        yield entry
