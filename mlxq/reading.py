@@ -50,9 +50,7 @@ def read_bytes(file: Path, limit: int = MAX_SMALL_BYTES) -> bytes:
     with opened(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > limit:
-            raise BadInputError(
-                f"cannot read {file}: it has {size:,} bytes, and at most {limit:,} are read"
-            )
+            raise BadInputError(f"cannot read {file}: it has {size:,} bytes, and at most {limit:,} are read")
         try:
             # A file of /proc has no size, and one that grows has another by now.
             content = stream.read(limit + 1)

@@ -129,7 +129,7 @@ class Spending:
 
 def spend(
     draft: Plan, presets: Mapping[str, Assignment], *, measure_curve: bool = False, trust_remote_code: bool = False
-) -> Iterator[Scoring | Spending]:
+) -> Iterator[Scoring | Remark | Spending]:
     """Choose formats for the modules of ``draft`` that its budget decides; the last item is the Spending.
 
     ``draft`` has those modules unquantized. ``presets`` are simpler assignments, by name, to be beaten on held-out

@@ -5,9 +5,9 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxq.clean import clean, clean_line
 from mlxq.comparison.measure import Comparison, ModelResult
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def size_against_kl(comparison: Comparison) -> Figure:
         axes.errorbar(size, kl, yerr=2 * error if math.isfinite(error) else 0, fmt="o", color=color, capsize=2)
         # Neighbours by size have their names above and below in turn, so that close points stay legible.
         shift = (6, 5) if ranks[index] % 2 == 0 else (-4, -13)
-        axes.annotate(result.name, (size, kl), xytext=shift, textcoords="offset points", fontsize=8.5)
+        axes.annotate(_name(result.name), (size, kl), xytext=shift, textcoords="offset points", fontsize=8.5)
     if math.isfinite(floor) and floor > 0:
         axes.axhline(floor, color=_GREY, linewidth=1, linestyle=":", label="noise floor")
     if points or floor > 0:
@@ -69,6 +69,7 @@ def speed_bars(comparison: Comparison) -> Figure | None:
         return None
     figure, all_axes = _figure(9.6, 0.9 + 0.34 * len(timed), columns=3)
     names = [result.name for result, _ in timed]
+    shown = [_name(name) for name in names]
     panels = (
         (
             "generation, tokens/s",
@@ -83,7 +84,7 @@ def speed_bars(comparison: Comparison) -> Figure | None:
         colors = [palette.get(name, _GREY) for name in names]
         bars = axes.barh(range(len(names)), values, xerr=spread, color=colors, height=0.62)
         axes.bar_label(bars, fmt="%.4g", padding=3, fontsize=8)
-        axes.set_yticks(range(len(names)), names if axes is all_axes[0] else [""] * len(names), fontsize=8.5)
+        axes.set_yticks(range(len(names)), shown if axes is all_axes[0] else [""] * len(names), fontsize=8.5)
         axes.invert_yaxis()
         axes.margins(x=0.22)
         axes.set_title(title, fontsize=9, loc="left")
@@ -107,11 +108,11 @@ def layer_strip(comparison: Comparison) -> Figure:
             )  # fmt: skip
     axes.set_xticks(
         range(len(labels)),
-        labels,
+        [_name(label) for label in labels],
         fontsize=min(8, 300 / max(len(labels), 1)),
         rotation=45 if len(labels) > 12 else 0,
     )
-    axes.set_yticks(range(len(comparison.results)), [r.name for r in comparison.results], fontsize=8.5)
+    axes.set_yticks(range(len(comparison.results)), [_name(r.name) for r in comparison.results], fontsize=8.5)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     return figure
@@ -132,7 +133,9 @@ def kl_distribution(comparison: Comparison) -> Figure:
         picked = np.unique(
             np.concatenate([np.linspace(0, len(kl) - 1, 300).astype(int), np.arange(max(0, len(kl) - 50), len(kl))])
         )
-        axes.plot(np.maximum(kl[picked], 1e-7), 1 - picked / len(kl), color=color, label=result.name, linewidth=1.5)
+        axes.plot(
+            np.maximum(kl[picked], 1e-7), 1 - picked / len(kl), color=color, label=_name(result.name), linewidth=1.5
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     _label(axes, "KL divergence of a token, nats", "share of tokens above")
@@ -148,7 +151,9 @@ def one_model(measured: Mapping[str, Any]) -> Figure:
     layers = measured["layer_bits"]
     left.bar(range(len(layers)), list(layers.values()), color=_COLORS[0], width=0.8)
     step = max(1, len(layers) // 12)
-    left.set_xticks(range(0, len(layers), step), list(layers)[::step], rotation=45 if len(layers) > 6 else 0)
+    left.set_xticks(
+        range(0, len(layers), step), [_name(label) for label in layers][::step], rotation=45 if len(layers) > 6 else 0
+    )
     left.set_xlabel("layer")
     left.set_ylabel("bits per weight")
     edges, counts = measured["kl_histogram"]["edges"], measured["kl_histogram"]["counts"]
@@ -188,7 +193,7 @@ def size_kl_curve(spent: Mapping[str, Any]) -> Figure:
             axes.plot(*point, marker="*", markersize=13, color=_COLORS[2], linestyle="", label="chosen, measured")
         elif check["name"].startswith(("uniform", "mixed")):
             axes.plot(*point, marker="o", color=_GREY, linestyle="")
-            axes.annotate(check["name"], point, xytext=(6, 5), textcoords="offset points", fontsize=8.5)
+            axes.annotate(_name(check["name"]), point, xytext=(6, 5), textcoords="offset points", fontsize=8.5)
     axes.set_yscale("log")
     axes.set_xlabel("size of the weights, MB")
     axes.set_ylabel("mean KL divergence from the original, nats" if spent["text"] else "sum of relative errors")
@@ -196,9 +201,9 @@ def size_kl_curve(spent: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, file: Path) -> None:
-    """Write a figure as SVG or PNG, by the file's suffix."""
-    file.write_bytes(as_png(figure) if file.suffix == ".png" else as_svg(figure).encode())
+def drawn(figure: Figure, suffix: str) -> bytes:
+    """A figure as the content of a ``.svg`` or ``.png`` file."""
+    return as_png(figure) if suffix == ".png" else as_svg(figure).encode()
 
 
 def as_svg(figure: Figure) -> str:
@@ -208,7 +213,8 @@ def as_svg(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "mlxq", "svg.fonttype": "none"}):
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight", transparent=True)
-    text = out.getvalue()
+    # Names stand in it as text, and XML has no place for what is cleaned away.
+    text = clean(out.getvalue())
     return text[text.index("<svg") :]
 
 
@@ -232,6 +238,11 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, Any]
     for axes in all_axes if columns > 1 else [all_axes]:
         _bare(axes)
     return figure, all_axes
+
+
+def _name(text: str) -> str:
+    """A name as matplotlib draws it as it is: what stands between dollars it would set as a formula."""
+    return clean_line(text).replace("$", r"\$")
 
 
 def _label(axes: Axes, x: str, y: str) -> None:

@@ -15,15 +15,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxq.clean import clean
 from mlxq.errors import BadInputError
 from mlxq.fold import fold
 from mlxq.headers import read_json
 from mlxq.methods.formats import Format
 from mlxq.methods.rtn import RTN
 from mlxq.metrics.metric import chosen, value_text, with_error_text
+from mlxq.reading import read_bytes
 from mlxq.sources.base import ModelSource
 
 FILE_NAME = "README.md"
+LARGEST_HEADER = 4_000_000
 BEGIN, END = "<!-- mlxq:begin -->", "<!-- mlxq:end -->"
 # Keys taken over from the card of the source, once: from then on they are the person's.
 _CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
@@ -45,10 +48,10 @@ class Card:
 def source_metadata(source: ModelSource) -> dict[str, Any]:
     """What a new card takes over from the source's own: licence, languages, pipeline tag and tags."""
     file = None if source.weights_folder is None else source.weights_folder / FILE_NAME
-    if file is None or not file.is_file():
+    if file is None or not file.exists():
         return {}
     try:
-        original = _metadata(_split(as_text(file.read_bytes()))[0])
+        original = _metadata(_split(as_text(read_bytes(file)))[0])
     except BadInputError:
         # Somebody else's card with a fault in it is no reason to stop: there is just nothing to take over.
         return {}
@@ -77,7 +80,7 @@ def make_card(report: Mapping[str, Any], name: str, folder: Path, plot: str | No
     carried["tags"] = list(dict.fromkeys([*tags, *carried.get("tags", ())]))
     parts = (_summary(report), _use(name, folder), _done(report), _measured(report, plot), _reproduce(report, name))
     note = "<!-- Rewritten by mlxq at each upload. What is written outside these marks stays. -->"
-    section = "\n\n".join([f"{BEGIN}\n{note}", *(part for part in parts if part), END])
+    section = clean("\n\n".join([f"{BEGIN}\n{note}", *(part for part in parts if part), END]))
     return Card(name.rpartition("/")[2], owned, carried, tuple(tags), section)
 
 
@@ -154,8 +157,18 @@ def _split(card: str) -> tuple[str, str]:
 def _metadata(header: str) -> dict[str, Any]:
     import yaml
 
+    # libyaml where PyYAML was built with it: some cards list thousands of results.
+    loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    if len(header) > LARGEST_HEADER:
+        raise BadInputError(f"{FILE_NAME}: the front matter has over {LARGEST_HEADER:,} characters")
     try:
-        loaded = yaml.safe_load(header) if header.strip() else {}
+        # A few lines of aliases of aliases would be written out as gigabytes.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(header, loader)):
+            raise BadInputError(f"{FILE_NAME}: the front matter has aliases (*name)", "Write out what they stand for.")
+        loaded = yaml.load(header, loader) if header.strip() else {}
+    except (ValueError, TypeError, AttributeError, RecursionError) as exc:
+        # A date that does not exist, a number too long, an object for a key, a tag on what it does not fit.
+        raise BadInputError(f"{FILE_NAME}: the front matter holds what is no value: {str(exc)[:200]}") from exc
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         # The opening fence is the first line.
