@@ -26,7 +26,7 @@ from mlxq.methods.method import Guide
 from mlxq.methods.registry import scored_by
 from mlxq.metrics.forward import on_row_shares
 from mlxq.planning.plan import By, Plan
-from mlxq.recipe.load import Budget
+from mlxq.recipe.model import Budget
 from mlxq.tensors import FLOAT_DTYPES, TensorSpec
 
 if TYPE_CHECKING:
