@@ -142,7 +142,7 @@ def parse_json(raw: bytes, where: str, *, distinct: bool = False) -> Any:
     try:
         return json.loads(raw.decode("utf-8"), object_pairs_hook=_distinct if distinct else None)
     except UnicodeDecodeError as exc:
-        raise BadInputError(f"{where} is not UTF-8 text") from exc
+        raise BadInputError(f"{where} is not JSON: it is not UTF-8 text (byte {exc.start})") from exc
     except _Twice as exc:
         raise BadInputError(f"{where} has {exc} twice") from exc
     except json.JSONDecodeError as exc:

@@ -45,6 +45,8 @@ _OBJECTS = (
     "linear_attn_config",
 )
 _TEXTS = ("model_type", "torch_dtype", "dtype", "model_file", "quant_method")
+# Loops as long are no matter, and what such a config lacks is said better by who opens the model.
+_FEW_LAYERS = 1000
 # No dimension of a model is larger; MLX counts them in 32 bits.
 _MAX_NUMBER = 1 << 53
 # Objects in objects that configs have, with some to spare.
@@ -92,7 +94,7 @@ def _check_count(key: str, value: object, tensor_count: int, where: str) -> None
     count = len(value) if isinstance(value, list) else value
     if type(count) is not int or count < 0:
         raise _not(where, key, value, "a count of layers")
-    if count > tensor_count:
+    if count > max(tensor_count, _FEW_LAYERS):
         raise BadInputError(
             f"{where}: {key} is {count:,}, and the files hold {tensor_count:,} tensors, fewer than one a layer",
             "The config is of another model, or the weights are incomplete.",
