@@ -25,7 +25,7 @@ _LAYER_COUNTS = (
 )
 # One entry for each layer, or for a few that repeat.
 _LAYER_LISTS = ("layer_types", "layers_block_type", "block_types", "_block_types", "full_attn_idxs", "kda_layers")
-_PATTERNS = ("hybrid_override_pattern", "sliding_window_pattern")
+_PATTERN = "hybrid_override_pattern"
 _PERIODS = (
     "attn_layer_period",
     "full_attention_interval",
@@ -78,27 +78,31 @@ def _check(config: Mapping[str, Any], tensor_count: int, where: str, depth: int)
             raise _not(where, key, value, "an object")
         elif key in _TEXTS and not isinstance(value, str):
             raise _not(where, key, value, "a text")
-        elif key in _PERIODS and isinstance(value, int) and value < 1:
+        elif key in _PERIODS and any(isinstance(n, int) and n < 1 for n in _each(value)):
             raise _not(where, key, value, "1 or more")
-        elif key in _PATTERNS and not isinstance(value, str | list | int):
+        elif key == _PATTERN and not isinstance(value, str | list):
             raise _not(where, key, value, "a pattern of layers")
         if isinstance(value, Mapping):
             _check(value, tensor_count, f"{where}: {key}", depth - 1)
-        elif isinstance(value, int) and abs(value) > _MAX_NUMBER:
-            raise _not(where, key, value, "a number that a model can have")
-        elif isinstance(value, list) and any(isinstance(n, int) and abs(n) > _MAX_NUMBER for n in value):
+        elif any(isinstance(n, int) and abs(n) > _MAX_NUMBER for n in _each(value)):
             raise BadInputError(f"{where}: {key} holds a number that no model can have")
 
 
 def _check_count(key: str, value: object, tensor_count: int, where: str) -> None:
-    count = len(value) if isinstance(value, list) else value
-    if type(count) is not int or count < 0:
+    counts = _each(value)
+    if not counts or any(type(count) is not int or count < 0 for count in counts):
         raise _not(where, key, value, "a count of layers")
+    count = max(counts)
     if count > max(tensor_count, _FEW_LAYERS):
         raise BadInputError(
             f"{where}: {key} is {count:,}, and the files hold {tensor_count:,} tensors, fewer than one a layer",
             "The config is of another model, or the weights are incomplete.",
         )
+
+
+def _each(value: object) -> list[Any]:
+    """The items of a list, or the value itself: some configs list what others say once."""
+    return value if isinstance(value, list) else [value]
 
 
 def _not(where: str, key: str, value: object, wanted: str) -> BadInputError:
