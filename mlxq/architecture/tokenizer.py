@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from mlxq.architecture.config import first_int
 from mlxq.errors import BadInputError
 from mlxq.headers import json_object, read_json
-from mlxq.reading import MAX_TOKENIZER_BYTES, read_bytes
+from mlxq.reading import MAX_SMALL_BYTES, MAX_TOKENIZER_BYTES, read_bytes
 
 if TYPE_CHECKING:
     from mlxq.sources.base import ModelSource
@@ -80,7 +80,7 @@ def _json_sidecar(sidecars: Mapping[str, Path | bytes], name: str) -> dict[str, 
         return {}
     if isinstance(content, bytes):
         return json_object(content, name)
-    return read_json(content, MAX_TOKENIZER_BYTES)
+    return read_json(content, MAX_TOKENIZER_BYTES if name == "tokenizer.json" else MAX_SMALL_BYTES)
 
 
 def encode_text(source: ModelSource, text: str) -> Encoding:
