@@ -150,9 +150,7 @@ def test_a_header_of_99_mb_of_empty_lists(model: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("command", [("inspect",), ("quantize", "4bit", "--dry-run", "--model")])
-def test_a_config_of_another_shape(
-    command: tuple[str, ...], key: str, value: object, said: str, model: Path
-) -> None:
+def test_a_config_of_another_shape(command: tuple[str, ...], key: str, value: object, said: str, model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, key: value}))
     check(mlxq(*command, model), 2, said)

@@ -62,7 +62,9 @@ def config(data: bytes) -> None:
     found = json_object(data, "config.json")
     stored = {
         spec.name: _Stored(spec)
-        for spec, _ in parse_header(struct.pack("<Q", len(_HEADER)) + _HEADER, 8 + len(_HEADER) + 512, "a file").values()
+        for spec, _ in parse_header(
+            struct.pack("<Q", len(_HEADER)) + _HEADER, 8 + len(_HEADER) + 512, "a file"
+        ).values()
     }
     check_config(found, len(stored), "config.json")
     source = SafetensorsFolder("a model", _FOLDER, believed(found, stored), stored)  # type: ignore[arg-type]
