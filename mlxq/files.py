@@ -1,13 +1,17 @@
-"""Files that must be whole: their hash, whether they can be written, and the step in which they take their name."""
+"""Files that must be whole: their hash, whether they can be written, the step in which they take their name."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from mlxq.errors import BadInputError
+
+# What a file of a Git repository begins with where its content was never fetched (Git LFS specification, pointers).
+_POINTER = b"version https://git-lfs.github.com/spec/v1"
 
 
 def sha256_file(file: Path) -> str:
@@ -19,6 +23,25 @@ def sha256_file(file: Path) -> str:
         while chunk := stream.read(1 << 20):
             digest.update(chunk)
         return digest.hexdigest()
+
+
+def refuse_pointer(name: str | Path, start: bytes) -> None:
+    """Raise BadInputError where a file that begins with ``start`` is a Git LFS pointer: a note in place of content."""
+    if start.startswith(_POINTER):
+        raise BadInputError(
+            f"{name} is a Git LFS pointer, not the file itself",
+            "Fetch what it stands for: git lfs pull, in the folder of the repository.",
+        )
+
+
+def refuse_pointers(files: Mapping[str, Path | bytes]) -> None:
+    """As ``refuse_pointer``, of files by name, given as content or where it lies."""
+    for name, content in files.items():
+        if isinstance(content, bytes):
+            refuse_pointer(name, content)
+        else:
+            with content.open("rb") as stream:
+                refuse_pointer(content, stream.read(len(_POINTER)))
 
 
 def rename_durably(written: Path, file: Path) -> None:

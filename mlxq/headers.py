@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.errors import BadInputError
+from mlxq.files import refuse_pointer
 from mlxq.reading import MAX_SMALL_BYTES, opened, read_bytes
 from mlxq.tensors import DTYPE_BITS, TensorSpec
 
@@ -96,6 +97,8 @@ def read_file_header(file: Path) -> Iterator[StoredTensor]:
     with opened(file) as stream:
         size = os.fstat(stream.fileno()).st_size
         head = stream.read(8)
+        refuse_pointer(file, head + stream.read(120))
+        stream.seek(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         raw = head + stream.read(min(length, MAX_HEADER_BYTES, size))
     for spec, offset in parse_header(raw, size, str(file)).values():
@@ -120,7 +123,9 @@ def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> b
 
 def read_json(file: Path, limit: int = MAX_SMALL_BYTES) -> dict[str, Any]:
     """Read a JSON object, or raise BadInputError naming the file and line."""
-    return json_object(read_bytes(file, limit), str(file))
+    raw = read_bytes(file, limit)
+    refuse_pointer(file, raw)
+    return json_object(raw, str(file))
 
 
 def json_object(raw: bytes, where: str) -> dict[str, Any]:

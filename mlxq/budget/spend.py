@@ -128,7 +128,7 @@ class Spending:
 
 
 def spend(
-    draft: Plan, presets: Mapping[str, Assignment], *, measure_curve: bool = False, trust_remote_code: bool = False
+    draft: Plan, presets: Mapping[str, Assignment], *, measure_curve: bool = False
 ) -> Iterator[Scoring | Remark | Spending]:
     """Choose formats for the modules of ``draft`` that its budget decides; the last item is the Spending.
 
@@ -145,7 +145,7 @@ def spend(
     room = budget_bytes(draft, budget)
     _check_room(draft, formats, fixed, room, budget)
     if not draft.calibration.has_text:
-        scored = dict(_weight_scores(draft, formats, trust_remote_code=trust_remote_code))
+        scored = dict(_weight_scores(draft, formats))
         options = _options(draft, formats, scored)
         allocation = allocate(options, room - fixed)
         curve = tuple(_curve(draft, options, fixed))
@@ -162,7 +162,7 @@ def spend(
             time.perf_counter() - began,
         )
         return
-    with streamed_model(draft.source, draft.architecture, trust_remote_code=trust_remote_code) as streamed:
+    with streamed_model(draft.source, draft.architecture) as streamed:
         text = calibration_text(draft.calibration, streamed)
         cache = ScoreCache(scores_key(draft, text.info.sha256, sum(batch.size for batch in text.batches)))
         if cache.remark is not None:
@@ -348,13 +348,13 @@ class _Decoder:
 
 
 def _weight_scores(
-    draft: Plan, formats: Mapping[str, tuple[Format, ...]], *, trust_remote_code: bool
+    draft: Plan, formats: Mapping[str, tuple[Format, ...]]
 ) -> Iterator[tuple[tuple[str, Format], float]]:
     """Relative squared error of each module in each format: what can be said without text."""
     import mlx.core as mx
 
     names = {f"{path}.weight" for path in formats}
-    for name, weight in read_parameters(draft.source, draft.architecture, names, trust_remote_code=trust_remote_code):
+    for name, weight in read_parameters(draft.source, draft.architecture, names):
         path = name.removesuffix(".weight")
         stored = weight.astype(getattr(mx, FLOAT_DTYPES[draft.by_path[path].dtype]))
         power = float((weight * weight).sum()) or 1.0

@@ -5,38 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlxq.cli.fetching import brought_for
 from mlxq.show.console import console
-from mlxq.show.meters import stages
+from mlxq.show.watch import watching
 
 if TYPE_CHECKING:
     from mlxq.budget.spend import Spending
-    from mlxq.pipeline import Options
     from mlxq.planning.plan import Plan
 
 
-def spend_budget(draft: Plan, options: Options, *, measure_curve: bool) -> tuple[Plan, Spending]:
-    """Choose the formats that the recipe's budget leaves open."""
-    import time
-
-    from mlxq.budget.spend import Remark, Scoring
-    from mlxq.pipeline import allocated_plan
+def spend_budget(draft: Plan, out: Path, *, measure_curve: bool) -> tuple[Plan, Spending]:
+    """Choose the formats that the recipe's budget leaves open, with progress."""
+    from mlxq import api
 
     for remark in draft.remarks:
         console.warn(remark)
-    began, stage = time.monotonic(), ""
-    with stages("Budget") as meter:
-        for event in allocated_plan(draft, options, measure_curve=measure_curve):
-            if isinstance(event, Remark):
-                console.warn(event.text)
-                continue
-            if not isinstance(event, Scoring):
-                return event.plan, event.spending
-            if event.stage != stage:
-                began, stage = time.monotonic(), event.stage
-            seconds = time.monotonic() - began
-            left = seconds / event.done * (event.total - event.done) if event.done else None
-            meter.update(event.stage, event.done, event.total, left)
-    raise AssertionError("a budget ends with how it was spent")
+    with watching() as tell:
+        allocated = api.spent(brought_for(draft, out), out, measure_curve=measure_curve, on_event=tell)
+    return allocated.plan, allocated.spending
 
 
 def show_spending(spending: Spending, *, explain: bool, frontier: bool, plot: Path | None) -> None:
@@ -55,7 +41,7 @@ def show_spending(spending: Spending, *, explain: bool, frontier: bool, plot: Pa
         console.show(budget_tables.curve_table(spending.curve, predicted=spending.text is not None))
         if plot is not None:
             from mlxq.cli.keeping import write_or_keep
-            from mlxq.comparison.charts import drawn, size_kl_curve
+            from mlxq.writing.pictures import drawn, size_kl_curve
 
             write_or_keep(plot, drawn(size_kl_curve(spending.facts()), plot.suffix))
             console.note(f"The curve is drawn in {plot}.")

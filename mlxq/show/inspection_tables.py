@@ -15,10 +15,12 @@ from mlxq.recipe.match import matching
 from mlxq.show.tables import count_text, facts_table, plain_table, shape_text, size_text
 
 if TYPE_CHECKING:
+    from mlxq.api import Inspected
     from mlxq.architecture.inspection import InspectedModule, Inspection
     from mlxq.architecture.tokenizer import Encoding
     from mlxq.machine.devices import Device
     from mlxq.machine.memory import Fit
+    from mlxq.sources.soundness import Unsound
 
 
 def chosen_modules(found: Inspection, pattern: str | None) -> tuple[InspectedModule, ...]:
@@ -119,21 +121,21 @@ def encoding_table(encoding: Encoding) -> Table:
 
 
 def inspection_facts(
-    found: Inspection,
+    found: Inspected,
     modules: Sequence[InspectedModule],
-    device: Device,
-    fits: Sequence[tuple[str, Fit]],
     encoding: Encoding | None,
+    unsound: Sequence[Unsound] | None = None,
 ) -> dict[str, Any]:
-    """The inspection as data, for ``--json``."""
-    facts = asdict(found)
+    """The inspection as data, for ``--json``; ``unsound`` is None where the weights were not read."""
+    facts = asdict(found.inspection)
     del facts["config"]
     facts["modules"] = [asdict(module) for module in modules]
     return {
         "schema": "mlxq.inspect",
         "schema_version": 1,
         **facts,
-        "device": {**asdict(device), "usable_bytes": device.usable_bytes},
-        "recipes": {name: asdict(reckoned) for name, reckoned in fits},
+        "device": {**asdict(found.device), "usable_bytes": found.device.usable_bytes},
+        "recipes": {name: asdict(reckoned) for name, reckoned in found.fits},
         "encoding": asdict(encoding) if encoding else None,
+        "unsound": None if unsound is None else [asdict(tensor) for tensor in unsound],
     }

@@ -21,7 +21,6 @@ from mlxq.sources.base import ModelSource
 from mlxq.sources.download import Downloading, Transfer
 from mlxq.sources.hub import partly_opened
 from mlxq.sources.remote import RemoteFile
-from mlxq.sources.safetensors import SafetensorsFolder
 from mlxq.writing.execute import Progress, execute
 from mlxq.writing.folder import PartialFolder
 
@@ -35,7 +34,7 @@ class Stage:
     dropped: tuple[str, ...]
 
 
-def stages(plan: Plan, done: Collection[str] = (), *, trust_remote_code: bool = False) -> tuple[Stage, ...]:
+def stages(plan: Plan, done: Collection[str] = ()) -> tuple[Stage, ...]:
     """The order in which shards are fetched, for the steps whose path is not in ``done``.
 
     Raises BadInputError where the plan needs the weights more than once.
@@ -46,7 +45,7 @@ def stages(plan: Plan, done: Collection[str] = (), *, trust_remote_code: bool = 
     position = {file.name: number for number, file in enumerate(remote.weights)}
     by_last: dict[int, list[Step]] = defaultdict(list)
     last_use: dict[str, int] = {}
-    for step, needed in _shards_needed(plan, trust_remote_code=trust_remote_code):
+    for step, needed in _shards_needed(plan):
         if step.path in done:
             continue
         last = max((position[name] for name in needed), default=0)
@@ -82,16 +81,14 @@ def most_held_bytes(planned: tuple[Stage, ...]) -> int:
     return most
 
 
-def execute_by_shards(
-    plan: Plan, folder: PartialFolder, *, trust_remote_code: bool = False
-) -> Iterator[Progress | Downloading | Waiting]:
+def execute_by_shards(plan: Plan, folder: PartialFolder) -> Iterator[Progress | Downloading | Waiting]:
     """``execute`` with the weights fetched as they are needed and dropped after.
 
     Raises MlxqError where the Hub or the disk fails; finished steps and complete shards stay for the next run.
     """
     remote = plan.source.remote
     assert remote is not None, "the weights are here already"
-    planned = stages(plan, folder.done, trust_remote_code=trust_remote_code)
+    planned = stages(plan, folder.done)
     place = folder.source_folder
     place.mkdir(exist_ok=True)
     _drop_what_is_not_needed(place, {stage.shard.name for stage in planned})
@@ -104,7 +101,7 @@ def execute_by_shards(
             coming = Transfer(remote, [following.shard], place) if following else None
             if stage.steps:
                 local = plan.with_source(partly_opened(remote, plan.source.name, here))
-                yield from execute(local, folder, steps=stage.steps, trust_remote_code=trust_remote_code)
+                yield from execute(local, folder, steps=stage.steps)
             for name in stage.dropped:
                 here.pop(name).unlink()
     finally:
@@ -122,7 +119,7 @@ def _drop_what_is_not_needed(place: Path, needed: Collection[str]) -> None:
             file.unlink()
 
 
-def _shards_needed(plan: Plan, *, trust_remote_code: bool) -> Iterator[tuple[Step, frozenset[str]]]:
+def _shards_needed(plan: Plan) -> Iterator[tuple[Step, frozenset[str]]]:
     """Each step, and the weight files that hold what it is made from."""
     made_from: Mapping[str, frozenset[str]] = {}
     if any(step.source is None for step in plan.steps):
@@ -140,6 +137,5 @@ def _shards_needed(plan: Plan, *, trust_remote_code: bool) -> Iterator[tuple[Ste
 def _file_of(source: ModelSource, tensor: str) -> str:
     """The weight file that holds a tensor, by its name in the repository."""
     assert source.remote is not None
-    if isinstance(source, SafetensorsFolder):
-        return source.stored[tensor].file.name
-    return source.remote.weights[0].name
+    name = source.file_of(tensor).name
+    return next(file.name for file in source.remote.weights if Path(file.name).name == name)

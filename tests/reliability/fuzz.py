@@ -3,7 +3,8 @@
     python -m tests.reliability.fuzz [TARGET ...] [--executions N] [--seed N]
 
 Lines reached are counted in every ``GUIDED_EVERY``-th execution: tracing makes one some ten times slower. Ends with one
-summary line per target, and exit code 1 where any execution ended in a traceback, took over two seconds, or memory grew by over 200 MB.
+summary line per target, and exit code 1 where any execution ended in a traceback, took over two seconds, or memory grew
+by over 200 MB.
 """
 
 from __future__ import annotations
