@@ -20,6 +20,7 @@ from mlxq.publish import card
 from mlxq.recipe.gates import check_gates, parse_gate
 from mlxq.recipe.load import recipe_from_dict
 from mlxq.recipe.yaml import parse_document
+from mlxq.sources import front_matter
 from mlxq.sources.config_shape import check_config
 from mlxq.sources.gguf_header import MAGIC, is_whole_header, read_gguf_header
 from mlxq.sources.quantization import believed
@@ -110,9 +111,9 @@ def report(data: bytes) -> None:
 
 def model_card(data: bytes) -> None:
     """A model card: what is taken over from it, and what becomes of it when mlxq adds its section."""
-    text = card.as_text(data)
+    text = front_matter.as_text(data)
     ours = card.Card("name", {"library_name": "mlx"}, {"tags": ["mlx"]}, ("mlx",), f"{card.BEGIN}\n\n{card.END}")
-    (_FOLDER / card.FILE_NAME).write_bytes(data)
+    (_FOLDER / front_matter.FILE_NAME).write_bytes(data)
     card.own_words(card.render(ours, text))
 
 
