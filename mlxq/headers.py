@@ -54,9 +54,9 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> dict[str, tuple[Ten
     if header_bytes > MAX_HEADER_BYTES or 8 + header_bytes > min(file_bytes, len(raw)):
         raise bad(f"it says its header has {header_bytes:,} bytes, and the file has {file_bytes:,}")
     try:
-        header = parse_json(raw[8 : 8 + header_bytes], "its header", distinct=True)
+        header = parse_json(raw[8 : 8 + header_bytes], "line", distinct=True)
     except BadInputError as exc:
-        raise bad(exc.message) from exc
+        raise bad(f"its header is not JSON as it should be: {exc.message}") from exc
     if not isinstance(header, dict):
         raise bad("its header is not a JSON object")
     found: dict[str, tuple[TensorSpec, int]] = {}
