@@ -23,13 +23,13 @@ from mlxq.retry import Waiting, told
 
 if TYPE_CHECKING:
     from mlxq.architecture.inspection import Inspection
-    from mlxq.budget.spend import Scoring
+    from mlxq.budget.spend import Remark, Scoring
     from mlxq.comparison.measure import Candidate, Settings
     from mlxq.comparison.measure import Progress as Measuring
     from mlxq.comparison.result import Comparison
     from mlxq.machine.devices import Device
     from mlxq.machine.memory import Fit
-    from mlxq.pipeline import Allocated, Finished, Remark, Resumed
+    from mlxq.pipeline import Allocated, Finished, Resumed
     from mlxq.planning.plan import Plan, Stored
     from mlxq.publish.check import Checked
     from mlxq.publish.publish import Doing, Published
@@ -323,7 +323,8 @@ def measure(models: Sequence[Candidate], settings: Settings, *, on_event: OnEven
     for event in comparing(models[0], models[1:], settings):
         if isinstance(event, Comparison):
             done = event
-            keep_result(event, models)
+            if (unwritten := keep_result(event, models)) is not None:
+                on_event(unwritten)
         on_event(event)
     assert done is not None, "a comparison ends with its results"
     return done

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.architecture.bind import bind
-from mlxq.budget.spend import Scoring, Spending, spend
+from mlxq.budget.spend import Remark, Scoring, Spending, spend
 from mlxq.calibration.streamed import not_sequential
 from mlxq.errors import BadInputError, RecipeError
 from mlxq.machine.runtime import peak_rss_bytes
@@ -46,13 +46,6 @@ class Resumed:
 
 
 @dataclass(frozen=True)
-class Remark:
-    """Something that a person should know of what is being made."""
-
-    text: str
-
-
-@dataclass(frozen=True)
 class Finished:
     """The output stands under its name; ``report`` is what its ``mlxq.json`` holds."""
 
@@ -81,14 +74,14 @@ def prepare(recipe: Recipe, source: ModelSource, stored: Stored = Stored.AS_IS, 
     return make_plan(source, recipe, architecture, stored, spent=spent, uncalibrated=reason)
 
 
-def allocated_plan(draft: Plan, *, measure_curve: bool = False) -> Iterator[Scoring | Allocated]:
+def allocated_plan(draft: Plan, *, measure_curve: bool = False) -> Iterator[Scoring | Remark | Allocated]:
     """Spend the budget of ``draft``: progress, then the plan with every format chosen.
 
     Raises BadInputError where the budget is too small, or the tokenizer does not fit the weights.
     """
     check_companions(draft)
     for event in spend(draft, _presets(draft), measure_curve=measure_curve):
-        if isinstance(event, Scoring):
+        if isinstance(event, Scoring | Remark):
             yield event
             continue
         plan = make_plan(

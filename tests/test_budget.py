@@ -54,7 +54,7 @@ def spent(model: Path, bpw: float, *sets: str) -> tuple[Plan, Spending, list[str
     for event in allocated_plan(draft):
         if isinstance(event, Scoring):
             stages.append(event.stage)
-        else:
+        elif isinstance(event, Allocated):
             return event.plan, event.spending, stages
     raise AssertionError("a budget ends with a plan")
 

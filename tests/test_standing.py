@@ -347,10 +347,10 @@ def test_a_file_system_without_locks_is_named(plan: Plan, tmp_path: Path, monkey
 # The source while it is read.
 
 
-@pytest.mark.parametrize("what", ["in place", "replaced", "tokenizer"])
+@pytest.mark.parametrize("what", ["in place", "replaced", "companion"])
 def test_a_source_that_changes_while_it_is_read_is_never_mixed(model: Path, tmp_path: Path, what: str) -> None:
     plan = plan_of(model)
-    file = model / "tokenizer.json" if what == "tokenizer" else plan.source.weight_files[0]
+    file = model / "generation_config.json" if what == "companion" else plan.source.weight_files[0]
     events = run(plan, tmp_path / "out")
     next(event for event in events if isinstance(event, Progress) and event.finished)
     change_with_the_same_size_and_time(file, in_place=what == "in place")

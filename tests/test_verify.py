@@ -15,10 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 from mlxq.arrays import NOT_FINITE, nan_and_infinity, rows_finite
+from mlxq.budget.spend import Remark
 from mlxq.cli import app
 from mlxq.errors import BadInputError, MlxqError
 from mlxq.files import refuse_pointers
-from mlxq.pipeline import Remark, prepare, run
+from mlxq.pipeline import prepare, run
 from mlxq.planning.plan import Stored
 from mlxq.recipe.load import recipe_from_dict
 from mlxq.sources.resolve import resolve

@@ -55,6 +55,13 @@ class Scoring:
 
 
 @dataclass(frozen=True)
+class Remark:
+    """Something that a person should know, and that stops nothing."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class Check:
     """An assignment held against the chosen one on held-out text: its bytes, measured KL in nats, standard error.
 
@@ -122,7 +129,7 @@ class Spending:
 
 def spend(
     draft: Plan, presets: Mapping[str, Assignment], *, measure_curve: bool = False
-) -> Iterator[Scoring | Spending]:
+) -> Iterator[Scoring | Remark | Spending]:
     """Choose formats for the modules of ``draft`` that its budget decides; the last item is the Spending.
 
     ``draft`` has those modules unquantized. ``presets`` are simpler assignments, by name, to be beaten on held-out
@@ -158,6 +165,8 @@ def spend(
     with streamed_model(draft.source, draft.architecture) as streamed:
         text = calibration_text(draft.calibration, streamed)
         cache = ScoreCache(scores_key(draft, text.info.sha256, sum(batch.size for batch in text.batches)))
+        if cache.remark is not None:
+            yield Remark(cache.remark)
         yield from _score(draft, streamed, text, formats, cache)
         options = _options(draft, formats, cache.scores)
         encoder = _Decoder(draft, cache)
@@ -285,7 +294,7 @@ def _score(
     text: CalibrationText,
     formats: Mapping[str, tuple[Format, ...]],
     cache: ScoreCache,
-) -> Iterator[Scoring]:
+) -> Iterator[Scoring | Remark]:
     """Fill ``cache`` with what it lacks of ``formats``."""
     missing = cache.missing(formats)
     if not missing:
@@ -297,7 +306,8 @@ def _score(
     for done, score in enumerate(found, start=1):
         cache.scores[score.path, score.fmt] = score.divergence
         yield Scoring("scoring", done, total)
-    cache.save()
+    if (unkept := cache.save()) is not None:
+        yield Remark(unkept)
 
 
 def _batches_of(batches: Sequence[mx.array]) -> int:

@@ -259,13 +259,16 @@ def _check_together(
 
 
 def _check_plot(plot: Path | None, *, frontier: bool) -> None:
-    """Raise BadInputError for a picture that cannot be drawn."""
+    """Raise BadInputError for a picture that cannot be drawn, or not be written where it is to go."""
     from mlxq.errors import BadInputError
+    from mlxq.files import check_writable
 
     if plot is not None and not frontier:
         raise BadInputError("--plot draws the curve of --frontier", "Add --frontier.")
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise BadInputError(f"cannot draw a {plot.suffix or 'file without suffix'}", "Name an .svg or a .png.")
+    if plot is not None:
+        check_writable(plot)
 
 
 def _asked(

@@ -21,12 +21,14 @@ from mlxq.calibration.text import (
 )
 from mlxq.comparison.result import Comparison, ModelResult
 from mlxq.errors import BadInputError, ChildError
+from mlxq.headers import parse_json
 from mlxq.metrics.faithfulness import measure_faithfulness
 from mlxq.metrics.forward import Reference, batch_size, build_reference, evaluation_model, on_cpu
 from mlxq.metrics.size import Size, measure_size
 from mlxq.recipe.match import layer_index
 from mlxq.running.opened import without_paths
 from mlxq.running.speed import Speed, SpeedSettings, measure_speed
+from mlxq.writing.report import FILE_NAME, read_report
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -112,11 +114,9 @@ def stored_candidate(name: str, source: ModelSource) -> Candidate:
 
 def _recorded_budget(folder: Path) -> Mapping[str, Any] | None:
     """How a budget was spent on the model, where mlxq wrote it and had one."""
-    from mlxq.headers import read_json
-
-    file = folder / "mlxq.json"
-    found = read_json(file).get("budget") if file.is_file() else None
-    return found if isinstance(found, dict) else None
+    file = folder / FILE_NAME
+    budget: Mapping[str, Any] | None = read_report(file).get("budget") if file.exists() else None
+    return budget
 
 
 def stored_layer_bits(folder: Path) -> dict[str, float]:
@@ -148,8 +148,6 @@ def read_prompts(file: Path) -> tuple[Any, ...]:
     """Prompts of a file, one per line; a line that is JSON is chat messages: a list, or ``{"messages":
     [...]}``.
     """
-    import json
-
     prompts: list[Any] = []
     for number, line in enumerate(read_texts([file]).splitlines(), 1):
         if not line.strip():
@@ -158,10 +156,10 @@ def read_prompts(file: Path) -> tuple[Any, ...]:
             prompts.append(line)
             continue
         try:
-            found = json.loads(line)
+            found = parse_json(line.encode(), str(file))
             messages = found["messages"] if isinstance(found, dict) else found
             prompts.append([{"role": str(m["role"]), "content": str(m["content"])} for m in messages])
-        except (ValueError, KeyError, TypeError) as exc:
+        except (BadInputError, KeyError, TypeError) as exc:
             raise BadInputError(
                 f"{file}:{number}: not chat messages",
                 'Write a prompt, or JSON such as [{"role": "user", "content": "..."}].',

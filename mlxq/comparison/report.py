@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any
 
 from mlxq import __version__
+from mlxq.budget.spend import Remark
+from mlxq.clean import clean, clean_line
 from mlxq.comparison.measure import Candidate
 from mlxq.comparison.result import Comparison, ModelResult, verdict
 from mlxq.metrics.metric import METRICS, Metric, chosen, value_text, with_error_text
@@ -147,7 +148,7 @@ def footnotes(comparison: Comparison) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    return clean_line(text).replace("|", "\\|").replace("<", "&lt;")
 
 
 def comparison_html(comparison: Comparison, gates: Sequence[GateResult] = ()) -> str:
@@ -181,7 +182,7 @@ def comparison_html(comparison: Comparison, gates: Sequence[GateResult] = ()) ->
     ]
     bars = charts.speed_bars(comparison)
     device = next((r.speed.device for r in comparison.results if r.speed), "")
-    return environment.get_template("compare.html").render(
+    page = environment.get_template("compare.html").render(
         comparison=comparison,
         headings=[metric.label for metric in columns],
         rows=rows,
@@ -197,6 +198,7 @@ def comparison_html(comparison: Comparison, gates: Sequence[GateResult] = ()) ->
         footnotes=footnotes(comparison),
         version=__version__,
     )
+    return clean(page)
 
 
 def _answers_by_prompt(comparison: Comparison) -> list[dict[str, Any]]:
@@ -220,13 +222,18 @@ def _answers_by_prompt(comparison: Comparison) -> list[dict[str, Any]]:
     ]
 
 
-def keep_result(comparison: Comparison, models: Sequence[Candidate]) -> None:
-    """Put the newest result into the ``mlxq.json`` beside the model, where it has one."""
+def keep_result(comparison: Comparison, models: Sequence[Candidate]) -> Remark | None:
+    """Put the newest result into the ``mlxq.json`` beside the model, where it has one; returns why that failed."""
     newest = models[len(comparison.results) - 1]
     if newest is models[0] or newest.folder is None or not (newest.folder / FILE_NAME).is_file():
-        return
+        return None
     report = read_report(newest.folder / FILE_NAME)
     report["comparison"] = candidate_facts(comparison.results[-1], comparison)
     # A read-only folder (the Hub's cache, say) is measured all the same.
-    with suppress(PermissionError):
+    try:
         write_report(report, newest.folder)
+    except PermissionError:
+        return None
+    except OSError as exc:
+        return Remark(f"{newest.folder / FILE_NAME} does not say what was measured: {exc.strerror}")
+    return None

@@ -47,10 +47,10 @@ class _Watcher:
         self.stage, self.began = "", 0.0
 
     def tell(self, event: Event) -> None:
-        from mlxq.budget.spend import Scoring
+        from mlxq.budget.spend import Remark, Scoring
         from mlxq.comparison.measure import Progress as Measuring
         from mlxq.comparison.result import Comparison
-        from mlxq.pipeline import Remark, Resumed
+        from mlxq.pipeline import Resumed
         from mlxq.publish.check import Checked
         from mlxq.publish.publish import Doing
         from mlxq.retry import Waiting

@@ -28,8 +28,8 @@ FLOAT_TYPES = ("F32", "F16", "BF16")
 def nearest_format(ggml_type: str) -> Format | None:
     """The MLX format nearest to a GGML type, None for float types.
 
-    Types in ``REPACKABLE`` give their exact twin, those that MLX has by the same name (MXFP4, NVFP4) that mode. Others keep their whole
-    bits per weight (at least 2) and take the group size that comes nearest in total bits per weight.
+    Types in ``REPACKABLE`` give their exact twin, those that MLX has by the same name (MXFP4, NVFP4) that mode. Others
+    keep their whole bits per weight (at least 2) and take the group size that comes nearest in total bits per weight.
     """
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
