@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlxq.architecture.bind import bind
 from mlxq.architecture.opening import open_lazily
-from mlxq.budget.spend import Scoring, Spending, spend
+from mlxq.budget.scoring import Scoring
+from mlxq.budget.spend import Spending, spend
 from mlxq.calibration.streamed import not_sequential
 from mlxq.errors import BadInputError, MlxqError, RecipeError
 from mlxq.headers import read_file_header
@@ -26,8 +27,8 @@ from mlxq.recipe.load import Recipe, load_recipe, recipe_from_dict
 from mlxq.retry import Waiting
 from mlxq.sources.download import Downloading, fetch, fetch_companions
 from mlxq.sources.resolve import resolve
-from mlxq.writing.disk_space import check_room
-from mlxq.writing.execute import Progress, execute
+from mlxq.writing.disk_space import check_disk
+from mlxq.writing.execute import Written, execute
 from mlxq.writing.folder import PartialFolder
 from mlxq.writing.low_disk import execute_by_shards
 from mlxq.writing.report import build_report, hash_files, source_facts, write_report
@@ -149,14 +150,14 @@ def with_weights(
 
     Raises MlxqError where the disk has no room for source and output, or the Hub cannot be reached.
     """
-    check_room(plan, out, low_disk=low_disk, trust_remote_code=options.trust_remote_code)
+    check_disk(plan, out, low_disk=low_disk, trust_remote_code=options.trust_remote_code)
     source = yield from (fetch_companions if low_disk else fetch)(plan.source)
     return plan.with_source(source)
 
 
 def run(
     plan: Plan, out: Path, options: Options, *, force: bool = False, low_disk: bool = False
-) -> Iterator[Progress | Resumed | Downloading | Waiting | Finished]:
+) -> Iterator[Written | Resumed | Downloading | Waiting | Finished]:
     """Write ``plan`` to ``out``, yielding progress; the last event is ``Finished``.
 
     What is still on the Hub is fetched first, or with ``low_disk`` shard by shard as it is needed.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from mlxq.metrics import faithfulness
+from mlxq.metrics.evaluation import evaluation_model
 from mlxq.metrics.faithfulness import (
     Faithfulness,
     TokenMeasures,
@@ -15,7 +16,7 @@ from mlxq.metrics.faithfulness import (
     measure_tokens,
     summarize,
 )
-from mlxq.metrics.forward import Reference, build_reference, evaluation_model
+from mlxq.metrics.reference import Reference, build_reference
 from tests.tiny import VOCABULARY, finish, tiny_llama, tiny_mixture
 
 Q4 = {"group_size": 32, "bits": 4}

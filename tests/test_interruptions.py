@@ -19,7 +19,7 @@ from mlxq.pipeline import Finished, Options, Resumed, prepare, run
 from mlxq.planning.plan import Plan
 from mlxq.recipe.load import load_recipe
 from mlxq.tensors import TensorSpec
-from mlxq.writing.execute import Progress
+from mlxq.writing.execute import Written
 from tests.checkpoints import LLAMA, save
 from tests.terminal import CTRL_C, at_a_terminal
 from tests.test_execute import hashes
@@ -107,7 +107,7 @@ def test_a_disk_that_fills_while_tensors_are_written(
     # As on macOS, and on file systems that cannot reserve space.
     monkeypatch.delattr(os, "posix_fallocate")
     events = run(plan, disk / "out", OPTIONS)
-    next(event for event in events if isinstance(event, Progress))
+    next(event for event in events if isinstance(event, Written))
     filler = fill(disk, 0)
     with pytest.raises(MlxqError, match="the disk is full") as caught:
         list(events)
@@ -123,7 +123,7 @@ def test_a_disk_that_fills_before_the_small_files(tmp_path: Path, disk: Path) ->
     plan = plan_of(empty_model(tmp_path / "model", layers=2))
     finish(plan, tmp_path / "whole")
     events = run(plan, disk / "out", OPTIONS)
-    next(event for event in events if isinstance(event, Progress) and event.written_bytes == event.total_bytes)
+    next(event for event in events if isinstance(event, Written) and event.written_bytes == event.total_bytes)
     filler = fill(disk, 0)
     with pytest.raises(MlxqError, match="the disk is full") as caught:
         list(events)

@@ -75,7 +75,7 @@ def command(
     from mlxq.cli.fetching import bring_here
     from mlxq.comparison.candidates import load_candidate, model_candidate, with_distinct_names
     from mlxq.comparison.measure import Settings, read_prompts
-    from mlxq.metrics.forward import on_cpu
+    from mlxq.machine.cores import on_cpu
     from mlxq.recipe.load import names_recipe
     from mlxq.running.speed import CPU_SETTINGS, SpeedSettings
 
@@ -138,7 +138,7 @@ def check_recipe_gates(gates: Sequence[str], model: str, out: Path) -> None:
     from mlxq.comparison.candidates import model_candidate
     from mlxq.comparison.measure import Settings
     from mlxq.errors import GateError
-    from mlxq.metrics.forward import on_cpu
+    from mlxq.machine.cores import on_cpu
     from mlxq.recipe.gates import check_gates, parse_gate
     from mlxq.running.speed import CPU_SETTINGS, SPEED_METRICS, SpeedSettings
     from mlxq.show.console import console

@@ -18,7 +18,7 @@ def spend_budget(draft: Plan, options: Options, *, measure_curve: bool) -> tuple
     """Choose the formats that the recipe's budget leaves open."""
     import time
 
-    from mlxq.budget.spend import Scoring
+    from mlxq.budget.scoring import Scoring
     from mlxq.pipeline import allocated_plan
 
     for remark in draft.remarks:

@@ -28,18 +28,18 @@ def show_plan(
 ) -> None:
     """Print the plan: as JSON, as the reasons for the modules ``why`` matches, or as the whole table."""
     from mlxq.show import plan_tables
-    from mlxq.writing.disk_space import room_needed
+    from mlxq.writing.disk_space import disk_use
     from mlxq.writing.report import plan_facts
 
-    room = room_needed(plan, out, low_disk=low_disk, trust_remote_code=trust_remote_code)
+    use = disk_use(plan, out, low_disk=low_disk, trust_remote_code=trust_remote_code)
     if console.as_json:
-        facts = {"output": str(out), **plan_facts(plan), "disk": plan_tables.room_facts(room)}
+        facts = {"output": str(out), **plan_facts(plan), "disk": plan_tables.disk_facts(use)}
         console.json({"schema": "mlxq.plan", "schema_version": 1, **facts})
     elif why is not None:
         console.show(plan_tables.why_table(plan, why))
     else:
         console.show(plan_tables.plan_table(plan))
-        for line in (*plan_tables.plan_summary(plan), *plan_tables.room_summary(room)):
+        for line in (*plan_tables.plan_summary(plan), *plan_tables.disk_summary(use)):
             console.show(line)
         what = "written" if plan.recipe.budget else "read or written"
         console.note(f"Nothing was {what}. Run it without --dry-run to make the model.")
@@ -59,7 +59,7 @@ def write_model(
     from mlxq.retry import Waiting
     from mlxq.show.plan_tables import plan_notes
     from mlxq.sources.download import Downloading
-    from mlxq.writing.execute import Progress
+    from mlxq.writing.execute import Written
 
     began = time.perf_counter()
     check_output(plan, out, force=force)
@@ -76,7 +76,7 @@ def write_model(
         with interrupts() as stop_if_pressed, progress(f"Writing {out.name}") as meter:
             for event in run(plan, out, options, force=force, low_disk=low_disk):
                 stop_if_pressed()
-                if isinstance(event, Progress):
+                if isinstance(event, Written):
                     written = event.written_bytes
                     meter.update(event.written_bytes, event.total_bytes, event.finished)
                 elif isinstance(event, Resumed) and event.discarded:

@@ -18,8 +18,10 @@ from mlxq.calibration.text import (
     tokenize,
 )
 from mlxq.errors import BadInputError, ChildError
+from mlxq.machine.cores import batch_size, on_cpu
+from mlxq.metrics.evaluation import evaluation_model
 from mlxq.metrics.faithfulness import Faithfulness, measure_faithfulness
-from mlxq.metrics.forward import Reference, batch_size, build_reference, evaluation_model, on_cpu
+from mlxq.metrics.reference import Reference, build_reference
 from mlxq.metrics.size import Size, measure_size
 from mlxq.recipe.match import layer_index
 from mlxq.running.opened import open_tokenizer, without_paths
@@ -113,7 +115,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Progress:
+class Measuring:
     """``done`` of ``total`` (tokens, or models timed) of ``stage`` for ``model``; ``eta_s`` None at first."""
 
     stage: str
@@ -219,7 +221,7 @@ def read_prompts(file: Path) -> tuple[Any, ...]:
 
 def compare(
     reference: Candidate, candidates: Sequence[Candidate], settings: Settings
-) -> Iterator[Progress | Comparison]:
+) -> Iterator[Measuring | Comparison]:
     """Measure every model, the reference first. Yields progress, and a Comparison after each finished model.
 
     The last Comparison holds everything; whoever is interrupted keeps the one before. Of weights, at most one
@@ -230,7 +232,7 @@ def compare(
     _check_tokenizers(reference, tokenizer, candidates)
     speed, not_timed = yield from _timed(reference, settings)
     model = evaluation_model(reference.load())
-    yield Progress("text", reference.name, 0, 1, None, None)
+    yield Measuring("text", reference.name, 0, 1, None, None)
     text = _text(model, tokenizer, settings)
     batches = _batches(text, _vocabulary(model))
     held = yield from _watched(
@@ -278,30 +280,30 @@ def compare(
         yield done
 
 
-def _timed(candidate: Candidate, settings: Settings) -> Generator[Progress, None, tuple[Speed | None, str | None]]:
+def _timed(candidate: Candidate, settings: Settings) -> Generator[Measuring, None, tuple[Speed | None, str | None]]:
     """The speed of a model, or why it could not be measured; neither where none was asked for."""
     if candidate.folder is None or settings.speed is None:
         return None, None
-    yield Progress("speed", candidate.name, 0, 1, None, None)
+    yield Measuring("speed", candidate.name, 0, 1, None, None)
     try:
         speed = measure_speed(candidate.folder, settings.speed, settings.prompts, answer_tokens=settings.answer_tokens)
     except ChildError as error:
         return None, without_paths(error.message, candidate.folder)
-    yield Progress("speed", candidate.name, 1, 1, None, 0.0)
+    yield Measuring("speed", candidate.name, 1, 1, None, 0.0)
     return speed, None
 
 
-def _watched(steps: Generator[int, None, _T], stage: str, model: str, total: int) -> Generator[Progress, None, _T]:
+def _watched(steps: Generator[int, None, _T], stage: str, model: str, total: int) -> Generator[Measuring, None, _T]:
     """Turn the token counts of ``steps`` into progress with rate and time left; return what they return."""
     began, done = time.perf_counter(), 0
-    yield Progress(stage, model, 0, total, None, None)
+    yield Measuring(stage, model, 0, total, None, None)
     while True:
         try:
             done += next(steps)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
         rate = done / (time.perf_counter() - began)
-        yield Progress(stage, model, done, total, rate, max(0, total - done) / rate)
+        yield Measuring(stage, model, done, total, rate, max(0, total - done) / rate)
 
 
 def _required_tokenizer(reference: Candidate) -> Any:

@@ -36,7 +36,8 @@ load_blas()
 import numpy as np, mlx.core as mx
 from mlxq.comparison.measure import folder_candidate
 from mlxq.metrics.faithfulness import measure_faithfulness
-from mlxq.metrics.forward import build_reference, evaluation_model
+from mlxq.metrics.evaluation import evaluation_model
+from mlxq.metrics.reference import build_reference
 folder, ids = sys.argv[1], np.array(json.load(sys.stdin), dtype=np.int32)
 candidate = folder_candidate("m", Path(folder))
 model = evaluation_model(candidate.load())
