@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+MOST_FAULTS = 20  # that a person is shown at once
+
 
 class MlxqError(Exception):
     """A run that failed for a reason we can explain: exit code 1.
@@ -26,12 +30,16 @@ class BadInputError(MlxqError):
 class RecipeError(BadInputError):
     """One or more faults in a recipe, all found at once.
 
-    ``faults`` holds one finished line per fault, each with file, line and YAML path.
+    ``faults`` holds one finished line per fault, each with file, line and YAML path: the first ``MOST_FAULTS``,
+    and where there are more, a line that says how many.
     """
 
-    def __init__(self, faults: tuple[str, ...], hint: str | None = None) -> None:
-        super().__init__("\n".join(faults), hint)
-        self.faults = faults
+    def __init__(self, faults: Sequence[object], hint: str | None = None) -> None:
+        # A line more is no shorter than the one fault that it would stand for.
+        shown = faults if len(faults) <= MOST_FAULTS + 1 else faults[:MOST_FAULTS]
+        more = len(faults) - len(shown)
+        self.faults = tuple(map(str, shown)) + ((f"and {more:,} more faults",) if more else ())
+        super().__init__("\n".join(self.faults), hint)
 
 
 class ChildError(MlxqError):

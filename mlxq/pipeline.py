@@ -23,7 +23,8 @@ from mlxq.metrics.size import measure_size
 from mlxq.planning.make import make_plan
 from mlxq.planning.plan import Plan, Spent, Stored
 from mlxq.publish.card import source_metadata, write_card
-from mlxq.recipe.load import Recipe, load_recipe, recipe_from_dict
+from mlxq.recipe.load import load_recipe, recipe_from_dict
+from mlxq.recipe.model import Recipe
 from mlxq.retry import Waiting
 from mlxq.sources.download import Downloading, fetch, fetch_companions
 from mlxq.sources.resolve import resolve

@@ -38,7 +38,8 @@ BYTE_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 def parse_size(text: str) -> int | None:
     """Bytes of a size such as ``2.2GB`` or ``900 MiB``; None where it is none."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*", text)
+    # Digits enough for any size, and few enough for every product to be a number.
+    found = re.fullmatch(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([A-Za-z]+)\s*", text)
     if found is None or found[2].upper() not in BYTE_UNITS:
         return None
     return round(float(found[1]) * BYTE_UNITS[found[2].upper()])

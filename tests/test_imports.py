@@ -42,10 +42,7 @@ FROM_ABOVE = {
     ("publish.check", "comparison.charts"),
 }
 # Modules that still import each other, each circle sorted. It only ever gets shorter.
-CIRCLES: set[tuple[str, ...]] = {
-    # Rules are matched by patterns, and patterns are checked where rules are read.
-    ("recipe.load", "recipe.match"),
-}
+CIRCLES: set[tuple[str, ...]] = set()
 HEAVY = {"mlx", "mlx_lm", "numpy", "huggingface_hub", "transformers", "gguf", "matplotlib", "jinja2", "psutil"}
 
 

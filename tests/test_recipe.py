@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlxq.errors import RecipeError
-from mlxq.methods.formats import MODES, Format
-from mlxq.recipe.load import json_schema, load_recipe, recipe_from_dict, shipped_recipes
+from mlxq.methods.formats import AFFINE, MODES, Format
+from mlxq.recipe.load import budget_recipe, load_recipe, names_recipe, recipe_from_dict, shipped_recipes
+from mlxq.recipe.schema import fault_message, json_schema, schema_faults
 from mlxq.recipe.yaml import heading, parse_document
 
 SHIPPED = ["4bit", "8bit", "lm-head-6", "mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6", "moe"]
@@ -171,11 +174,58 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: &a [*a]", "r.yaml:1: an alias is inside itself or nests too deep"),
         ("[" * 100_000, "r.yaml:1: values are nested more than 20 deep"),
         ("a: &a 1\nb: [" + "*a, " * 101 + "]", "r.yaml:2: there are more than 100 aliases"),
-        ("model: 2020-13-45\n", "r.yaml:1: month must be in 1..12"),
+        ("model: 2020-13-45\n", "r.yaml:1: model: 2020-13-45 is a date to YAML; quote it to make it text"),
         ("[1]: 2\n", "r.yaml:1: a list can't be a key"),
         (
             "model: a\ndefault: {<<: 3, bits: 4}\n",
             "r.yaml:2: default: `<<` is not part of recipes; use `extends`",
+        ),
+        ("a: &a\n  b: [*a]\n", "r.yaml:2: an alias is inside itself or nests too deep"),
+        ("a: *b\n", "r.yaml:1: no value is marked &b, as this alias asks for"),
+        ("a: " + "[" * 300 + "]" * 300, "r.yaml:1: values are nested more than 20 deep"),
+        ("a: " + "{b: " * 100_000, "r.yaml:1: values are nested more than 20 deep"),
+        ("- " * 100_000, "r.yaml:1: values are nested more than 20 deep"),
+        ("[" + "a," * 250_000 + "]", "r.yaml: holds more than 250000 values; that is no recipe"),
+        ("\ndefault: {bits: !!int ''}\n", "r.yaml:2: has the tag !!int; write the value without it"),
+        ("model: !!binary x\n", "r.yaml:1: has the tag !!binary; write the value without it"),
+        ("model: !!timestamp x\n", "r.yaml:1: has the tag !!timestamp; write the value without it"),
+        ("!!set {a}\n", "r.yaml:1: has the tag !!set; write the value without it"),
+        ("!own a: 1\n", "r.yaml:1: has the tag !own; write the value without it"),
+        ("model: ! a\n", "r.yaml:1: has the tag !; write the value without it"),
+        ("default: {bits: " + "4" * 5000 + "}", "r.yaml:1: has a number of 5,000 characters; no recipe needs one"),
+        ("default: {bits: 0x" + "f" * 5000 + "}", "r.yaml:1: has a number of 5,002 characters; no recipe needs one"),
+        ("budget: {bpw: " + "4" * 5000 + ".5}", "r.yaml:1: has a number of 5,002 characters; no recipe needs one"),
+        ("default: {bits: 0x_}", "r.yaml:1: has 0x_ where a number was begun"),
+        ("model: a\0\n", "r.yaml:1: holds the control character U+0000"),
+        ("\nmodel: \x1b[31m\n", "r.yaml:2: holds the control character U+001B"),
+        ('model: "\\0"\n', "r.yaml:1: model: holds the control character U+0000"),
+        ('model: "\\x9b"\n', "r.yaml:1: model: holds the control character U+009B"),
+        ('"\\e": a\n', "r.yaml:1: a key holds the control character U+001B"),
+        ("budget: {bpw: .inf}\n", "r.yaml:1: budget.bpw: must be a finite number, not inf"),
+        ("budget: {bpw: -.inf}\n", "r.yaml:1: budget.bpw: must be a finite number, not -inf"),
+        ("budget: {bpw: .nan}\n", "r.yaml:1: budget.bpw: must be a finite number, not nan"),
+        ("budget: {bpw: 0}\n", "r.yaml:1: budget.bpw: must be more than 0, not 0"),
+        ("budget: {bpw: 33}\n", "r.yaml:1: budget.bpw: must be at most 32, not 33"),
+        ("budget: {bpw: true}\n", "r.yaml:1: budget.bpw: must be a number, not true"),
+        ("budget: {size: 0GB}\n", "r.yaml:1: budget.size: no weights fit in 0 bytes"),
+        (
+            "budget: {size: '" + "9" * 400 + "GB'}\n",
+            f"r.yaml:1: budget.size: cannot read the size '{'9' * 36}...; write it as 2.2GB, 900MB or 2GiB",
+        ),
+        (
+            "method: fit\ncalibration: {tokens: 5}\n",
+            "r.yaml:2: calibration.tokens: must be at least 1,024, not 5",
+        ),
+        (
+            "method: fit\ncalibration: {tokens: 2000000000}\n",
+            "r.yaml:2: calibration.tokens: must be at most 1,000,000,000, not 2000000000",
+        ),
+        ("budget: {bpw: 4}\noptions: [4]\n", "r.yaml:2: options: needs at least 2, not 1"),
+        ("budget: {bpw: 4}\noptions: []\n", "r.yaml:2: options: is empty; delete the key or give it a value"),
+        ("gates: [" + "kl_mean<1, " * 101 + "]\n", "r.yaml:1: gates: may hold 100, not 101"),
+        (
+            "rules: [{match: a, bits: 4, layers: [':1e9']}]\n",
+            "r.yaml:1: rules[0].layers[0]: bad layer slice ':1e9': '1e9' is not arithmetic over integers and n",
         ),
         ("default:\n", "r.yaml:1: default: has no value; delete the key or give it one"),
         ("model: ''\n", "r.yaml:1: model: is empty; delete the key or give it a value"),
@@ -188,8 +238,125 @@ def test_files_that_are_no_recipe(here: Path, text: str, fault: str) -> None:
 
 def test_code_in_a_tag_is_refused(here: Path) -> None:
     Path("r.yaml").write_text("model: !!python/object/apply:os.getcwd []\noutput: !!python/name:os.sep x\n")
-    (fault, *_) = faults_of("r.yaml")
-    assert fault.startswith("r.yaml:")
+    assert faults_of("r.yaml") == ("r.yaml:1: has the tag !!python/object/apply:os.getcwd; write the value without it",)
+
+
+def test_aliases_stand_for_what_they_mark(here: Path) -> None:
+    Path("r.yaml").write_text("rules:\n  - {match: &heads [lm_head], bits: 6}\n  - {match: *heads, bits: 8}\n")
+    assert [rule.patterns for rule in load_recipe("r.yaml").rules] == [("lm_head",), ("lm_head",)]
+
+
+@pytest.mark.parametrize("value", ["4:8", "=", "2001-12-14 21:59:43", "1e3", "~/x", "0o7"])
+def test_what_is_no_number_in_a_recipe_is_text(here: Path, value: str) -> None:
+    Path("r.yaml").write_text(f"model: {value}\n")
+    assert load_recipe("r.yaml").model == value
+
+
+def test_the_first_faults_are_shown_and_how_many_more(here: Path) -> None:
+    Path("r.yaml").write_text("".join(f"k{number}: 1\n" for number in range(90_000)))
+    faults = faults_of("r.yaml")
+    known = "extends, model, output, dtype, default, rules, budget, options, method, calibration, strict, gates, upload"
+    assert faults[:2] == tuple(f"r.yaml:{n + 1}: k{n}: unknown key; known are {known}" for n in range(2))
+    assert (len(faults), faults[-1]) == (21, "and 89,980 more faults")
+    Path("r.yaml").write_text("rules:\n" + "- 5\n" * 100_000)
+    assert faults_of("r.yaml")[-1] == "and 99,980 more faults"
+    # One more is no shorter than the fault itself.
+    Path("r.yaml").write_text("".join(f"k{number}: 1\n" for number in range(21)))
+    assert faults_of("r.yaml")[-1] == f"r.yaml:21: k20: unknown key; known are {known}"
+
+
+def test_what_is_long_in_a_file_is_short_in_a_message(here: Path) -> None:
+    for line in (
+        "model: 1\n? {}\n: 1",
+        "gates: ['{}']",
+        "dtype: {}",
+        "default: {{mode: {}}}",
+        "extends: {}",
+        "method: {}",
+    ):
+        Path("r.yaml").write_text(line.format("x" * 100_000))
+        assert all(len(fault) <= 1000 for fault in faults_of("r.yaml"))
+
+
+def test_only_regular_files_are_read(here: Path) -> None:
+    os.mkfifo("pipe.yaml")
+    assert faults_of("pipe.yaml") == ("pipe.yaml: is a device or a pipe; a recipe is a YAML file",)
+    assert faults_of("/dev/zero") == ("/dev/zero: is a device or a pipe; a recipe is a YAML file",)
+    Path("child.yaml").write_text("extends: /dev/zero\n")
+    assert faults_of("child.yaml") == ("/dev/zero: is a device or a pipe; a recipe is a YAML file",)
+    with Path("sparse.yaml").open("wb") as file:
+        file.truncate(10**9)
+    assert faults_of("sparse.yaml") == ("sparse.yaml: is larger than 1 MB; that is no recipe",)
+
+
+def test_a_chain_of_extends_ends(here: Path) -> None:
+    Path("r0.yaml").write_text("extends: 4bit\n")
+    for number in range(1, 1500):
+        Path(f"r{number}.yaml").write_text(f"extends: r{number - 1}.yaml\n")
+    assert load_recipe("r18.yaml").default == Format(4, 64)
+    assert faults_of("r19.yaml") == ("r0.yaml:1: extends: more than 20 recipes extend each other",)
+    assert faults_of("r1499.yaml") == ("r1480.yaml:1: extends: more than 20 recipes extend each other",)
+
+
+@pytest.mark.parametrize(
+    ("budget", "fault"),
+    [
+        ({"bpw": math.inf}, "--bpw inf: must be a finite number, not inf"),
+        ({"bpw": math.nan}, "--bpw nan: must be a finite number, not nan"),
+        ({"bpw": -1.0}, "--bpw -1: must be more than 0, not -1.0"),
+        ({"bpw": 0.0}, "--bpw 0: must be more than 0, not 0.0"),
+        ({"size": "lots"}, "--size lots: cannot read the size 'lots'; write it as 2.2GB, 900MB or 2GiB"),
+        ({"size": "0MB"}, "--size 0MB: no weights fit in 0 bytes"),
+    ],
+)
+def test_a_fault_in_a_budget_names_its_option(here: Path, budget: dict[str, object], fault: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        budget_recipe(budget)
+    assert caught.value.faults == (fault,)
+    Path("r.yaml").write_text("strict: true\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("r.yaml", (), budget)
+    assert caught.value.faults == (fault,)
+
+
+def test_pydantic_never_speaks() -> None:
+    assert fault_message("some_kind_of_tomorrow", [1], {}) == "can't be a list; docs/recipes.md says what goes here"
+    data = {
+        "default": {"bits": 4.5},
+        "rules": {"a": 1},
+        "budget": [],
+        "strict": "x",
+        "options": 5,
+        "upload": {"repo": 1},
+    }
+    messages = [fault.message for fault in schema_faults({**data, "calibration": {"tokens": "x", "text": 5}})]
+    assert len(messages) == 8
+    assert all(message.startswith("must be ") for message in messages)
+
+
+@pytest.mark.parametrize(
+    ("value", "fault"),
+    [
+        ("a\0b", "model: holds the control character U+0000"),
+        ("\ud800", "model: holds the control character U+D800"),
+        (16**5000, "model: has more digits than a recipe needs"),
+    ],
+    ids=["nul", "surrogate", "digits"],
+)
+def test_a_recorded_value_is_held_to_the_same(value: object, fault: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe_from_dict({"model": value}, "mlxq.json")
+    assert caught.value.faults[0] == f"mlxq.json: {fault}"
+
+
+def test_a_recorded_recipe_nests_and_holds_no_more_than_a_written_one() -> None:
+    deep: object = 1
+    for _ in range(5000):
+        deep = [deep]
+    with pytest.raises(RecipeError, match=r"mlxq.json: values are nested more than 20 deep"):
+        recipe_from_dict({"gates": deep}, "mlxq.json")
+    with pytest.raises(RecipeError, match=r"mlxq.json: holds more than 250000 values"):
+        recipe_from_dict({"gates": ["x"] * 250_001}, "mlxq.json")
 
 
 def test_files_that_are_not_text(here: Path) -> None:
@@ -272,6 +439,10 @@ def test_set_reaches_what_is_inherited(here: Path) -> None:
         ("=3", "write it as PATH=VALUE, such as default.bits=3 or rules.0.keep=true"),
         ("extends=4bit", "extends can't be set; name the other recipe instead of this one"),
         ("model=[", "the value is not valid YAML: did not find expected node content"),
+        ("default.bits=!!int ''", "the value has the tag !!int; write the value without it"),
+        ("model=a\x01", "the value holds the control character U+0001"),
+        (".".join("a" * 21) + "=1", "values are nested more than 20 deep"),
+        ("rules.99999999999.bits=4", "rules has no item '99999999999'; there are 1 (0 to 0)"),
     ],
 )
 def test_a_fault_in_set_names_it(text: str, fault: str) -> None:
@@ -335,6 +506,9 @@ def test_the_json_schema_describes_every_key() -> None:
         "upload",
     }
     assert models[1]["required"] == ["match"]
+    affine = sorted(AFFINE.bits)
+    assert schema["properties"]["options"]["items"]["anyOf"][0] == {"enum": affine}
+    assert models[1]["properties"]["bits"]["enum"] == sorted({bits for mode in MODES.values() for bits in mode.bits})
     for text in [FULL, *(recipe.text for recipe in shipped_recipes())]:
         data = yaml.safe_load(text)
         assert set(data) <= set(models[0]["properties"])
@@ -352,3 +526,11 @@ def test_the_json_schema_describes_every_key() -> None:
 )
 def test_names_no_file_can_have(here: Path, ref: str, fault: str) -> None:
     assert faults_of(ref) == (fault,)
+
+
+def test_what_names_a_recipe(here: Path) -> None:
+    for text in ("x.yaml", "a/b.yml", "4bit"):
+        assert names_recipe(text)
+    Path("8bit").mkdir()
+    for text in ("8bit", "x" * 300, "a\0b", "../recipes/4bit", "", "model"):
+        assert not names_recipe(text)

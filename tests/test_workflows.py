@@ -12,9 +12,10 @@ import pytest
 import yaml
 
 from tests.checkpoints import llama
+from tests.documents import ROOT, blocks
 from tests.hub_server import Hub
 
-FILE = Path(__file__).parents[1] / ".github" / "workflows" / "quantize.yml"
+FILE = ROOT / ".github" / "workflows" / "quantize.yml"
 
 
 def workflow() -> dict[Any, Any]:
@@ -66,6 +67,16 @@ def test_a_failed_gate_ends_the_job_with_its_own_exit_code(tmp_path: Path, env: 
     assert run_step("Quantize", tmp_path, env).returncode == 0
     assert run_step("Compare", tmp_path, env).returncode == 3
     assert run_step("Plan", tmp_path, {**env, "RECIPE": "4bti"}).returncode == 2
+
+
+def test_the_documented_caller_asks_for_what_there_is() -> None:
+    (caller,) = (yaml.safe_load(b.text) for b in blocks(ROOT / "docs" / "ci.md") if b.language == "yaml")
+    (job,) = caller["jobs"].values()
+    offered = workflow()[True]["workflow_call"]
+    assert job["uses"].endswith(f"{FILE.relative_to(ROOT)}@main")
+    needed = {name for name, asked in offered["inputs"].items() if asked.get("required")}
+    assert needed <= job["with"].keys() <= offered["inputs"].keys()
+    assert job["secrets"].keys() == offered["secrets"].keys()
 
 
 def test_it_asks_the_same_of_a_person_and_of_a_workflow() -> None:

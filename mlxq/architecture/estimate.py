@@ -15,7 +15,7 @@ from mlxq.recipe.match import assign
 from mlxq.tensors import DTYPE_BY_NAME, FLOAT_DTYPES, TensorSpec
 
 if TYPE_CHECKING:
-    from mlxq.recipe.load import Recipe
+    from mlxq.recipe.model import Recipe
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from mlxq.machine.devices import find_device, this_machine
 from mlxq.machine.memory import weight_room
 from mlxq.methods.formats import Format
 from mlxq.planning.plan import By, Plan
-from mlxq.recipe.load import Budget
+from mlxq.recipe.model import Budget
 
 # Points of the size-KL curve, and how many of them are measured.
 CURVE_POINTS = 13

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlxq.calibration.streamed import StreamedModel
 from mlxq.calibration.text import SELF, TextInfo, TokenizedText, corpus_text, read_texts, sample_from, tokenize
 from mlxq.errors import BadInputError
-from mlxq.recipe.load import Calibration
+from mlxq.recipe.model import Calibration
 from mlxq.sources.base import ModelSource
 
 if TYPE_CHECKING:

@@ -57,7 +57,7 @@ def command(
     Example: mlxq compare ./original ./original-4bit mixed_4_6 --gate 'kl_mean<0.05' --html report.html
     """
     from mlxq.errors import BadInputError, GateError
-    from mlxq.machine.blas import load_blas
+    from mlxq.machine.backend import start_mlx
     from mlxq.recipe.gates import check_gates, parse_gate
     from mlxq.show.console import console
 
@@ -71,7 +71,7 @@ def command(
     rest = [m for m in models if m != reference] if reference else models[1:]
     if not rest:
         raise BadInputError("nothing to compare with the original", "Name models or recipes after it.")
-    load_blas()
+    start_mlx()
     from mlxq.cli.fetching import bring_here
     from mlxq.comparison.candidates import load_candidate, model_candidate, with_distinct_names
     from mlxq.comparison.measure import Settings, read_prompts

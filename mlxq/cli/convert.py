@@ -44,14 +44,14 @@ def command(
     from mlxq.cli.fetching import telling
     from mlxq.cli.writing import show_plan, write_model
     from mlxq.errors import BadInputError
-    from mlxq.machine.blas import load_blas
+    from mlxq.machine.backend import start_mlx
     from mlxq.recipe.load import recipe_from_dict
     from mlxq.show.console import console
 
     console.use(quiet=quiet, as_json=as_json)
     if dequantize and keep_quantization:
         raise BadInputError("--dequantize and --keep-quantization exclude each other")
-    load_blas()
+    start_mlx()
     from mlxq.pipeline import Options, default_output, prepare
     from mlxq.planning.plan import Stored
 

@@ -40,10 +40,14 @@ def command(
     """
     from mlxq.cli.fetching import telling
     from mlxq.errors import BadInputError
+    from mlxq.recipe.match import check_pattern
     from mlxq.show.console import console
     from mlxq.sources.resolve import resolve
 
     console.use(quiet=quiet, as_json=as_json)
+    check_pattern(why, "--why")
+    if match is not None:
+        check_pattern(match, "--match")
     if recipe is None and why != "*":
         raise BadInputError("--why explains what a recipe decides", "Add --recipe.")
     if recipe is not None:
@@ -53,7 +57,7 @@ def command(
                 "Leave them out, or leave out --recipe.",
             )
         from mlxq.cli.writing import show_plan
-        from mlxq.machine.blas import load_blas
+        from mlxq.machine.backend import start_mlx
         from mlxq.recipe.load import load_recipe
 
         loaded = load_recipe(recipe)
@@ -62,7 +66,7 @@ def command(
                 f"what recipe {loaded.name} does with its budget shows only after calibration",
                 f"mlxq quantize {recipe} --model {model} --dry-run calibrates and shows the plan.",
             )
-        load_blas()
+        start_mlx()
         from mlxq.pipeline import Options, default_output, prepare
         from mlxq.planning.plan import Stored
 

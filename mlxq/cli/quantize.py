@@ -11,7 +11,7 @@ import typer
 from mlxq.cli.options import DryRun, Force, Generate, Json, LowDisk, Output, Quiet, TrustRemoteCode
 
 if TYPE_CHECKING:
-    from mlxq.recipe.load import Recipe
+    from mlxq.recipe.model import Recipe
 
 
 def command(
@@ -88,12 +88,16 @@ def command(
     from mlxq.show.console import console
 
     console.use(quiet=quiet, as_json=as_json)
+    from mlxq.recipe.match import check_pattern
+
     _check_together(recipe, locked, sets, bpw, size, frontier, plot)
+    if why is not None:
+        check_pattern(why, "--why")
     spending = target = None
     if locked is not None:
-        from mlxq.machine.blas import load_blas
+        from mlxq.machine.backend import start_mlx
 
-        load_blas()
+        start_mlx()
         from mlxq.pipeline import differing_files, prepare_locked
         from mlxq.writing.report import read_report
 
@@ -111,9 +115,9 @@ def command(
 
             # Said now, not after hours of work.
             check_login()
-        from mlxq.machine.blas import load_blas
+        from mlxq.machine.backend import start_mlx
 
-        load_blas()
+        start_mlx()
         from mlxq.pipeline import Options, default_output, prepare
         from mlxq.planning.plan import Stored
 
@@ -211,17 +215,17 @@ def _asked(
     from mlxq.errors import BadInputError
     from mlxq.recipe.load import budget_recipe, load_recipe, names_recipe
 
+    budget = {"bpw": bpw} if bpw is not None else {"size": size}
     if bpw is None and size is None:
         recipe = load_recipe(text, sets)
     elif names_recipe(text):
-        budget = f"budget={{bpw: {bpw}}}" if bpw is not None else f"budget={{size: {size}}}"
-        recipe = load_recipe(text, [*sets, budget])
+        recipe = load_recipe(text, sets, budget)
     else:
         if model is not None:
             raise BadInputError(
                 f"two models: {text} and --model {model}", "With --bpw or --size alone, name the model once."
             )
-        return budget_recipe({"bpw": bpw} if bpw is not None else {"size": size}, sets), text
+        return budget_recipe(budget, sets), text
     name = model or recipe.model
     if name is None:
         raise BadInputError(

@@ -68,6 +68,9 @@ def check(
         recipe = load_recipe(file, sets or ())
         if model is not None:
             from mlxq.cli.fetching import telling
+            from mlxq.machine.backend import start_mlx
+
+            start_mlx()
             from mlxq.pipeline import Options, prepare
             from mlxq.planning.plan import Stored
 
@@ -94,7 +97,7 @@ def check(
 @app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, for editors (docs/recipes.md says how)."""
-    from mlxq.recipe.load import json_schema
+    from mlxq.recipe.schema import json_schema
     from mlxq.show.console import console
 
     console.json(json_schema())

@@ -45,10 +45,12 @@ def command(
 
     Example: mlxq upload ./my-model-4bit org/my-model-4bit --dry-run
     """
+    from mlxq.machine.backend import start_mlx
     from mlxq.recipe.target import Target
     from mlxq.show.console import console
 
     console.use(quiet=quiet, as_json=as_json)
+    start_mlx()
     target = Target(repo, private, revision, create_pr, collection, message)
     if dry_run:
         _show_preview(folder, target, force=force)

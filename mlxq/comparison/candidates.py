@@ -20,8 +20,9 @@ from mlxq.methods.rtn import RTN
 from mlxq.metrics.size import Size
 from mlxq.pipeline import Allocated, Options, allocated_plan, prepare, run
 from mlxq.planning.plan import Plan
-from mlxq.recipe.load import Recipe, load_recipe, names_recipe, recipe_from_dict
+from mlxq.recipe.load import load_recipe, names_recipe, recipe_from_dict
 from mlxq.recipe.match import layer_index
+from mlxq.recipe.model import Recipe
 from mlxq.sources.base import ModelSource
 from mlxq.sources.download import fetched_source
 from mlxq.sources.resolve import resolve

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 import re
-import resource
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxq import __version__
+from mlxq.machine.backend import no_mlx
 from mlxq.machine.blas import BlasInfo, load_blas, product_gflops
 from mlxq.machine.versions import installed_version
 
@@ -72,7 +72,7 @@ def _mlx_device() -> tuple[str, str, int | None]:
     try:
         import mlx.core as mx
     except ImportError as exc:
-        return "none", f"mlx does not load: {str(exc).splitlines()[0]}", None
+        return "none", no_mlx(exc).message, None
     # device_info moved from mx.metal to mx, and its keys differ between backends.
     ask = getattr(mx, "device_info", None) or getattr(getattr(mx, "metal", None), "device_info", None)
     info: Mapping[str, Any] = ask() if ask else {}
@@ -97,6 +97,8 @@ def peak_rss_bytes() -> int:
     if status.is_file() and (peak_kib := re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)):
         return int(peak_kib[1]) * 1024
     # In KiB but on macOS. On Linux it counts the program that started this one too, up to when it did.
+    import resource  # Windows has none, and nothing there comes this far.
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

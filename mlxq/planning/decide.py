@@ -12,8 +12,8 @@ from mlxq.methods.method import Needs, given_by_text
 from mlxq.methods.registry import choose
 from mlxq.methods.rtn import RTN
 from mlxq.planning.plan import By, Decision, Stored
-from mlxq.recipe.load import Recipe, Rule
 from mlxq.recipe.match import Match, assign, matches, names_module
+from mlxq.recipe.model import Recipe, Rule
 from mlxq.sources.base import ModelSource
 from mlxq.tensors import FLOAT_DTYPES, TensorSpec
 

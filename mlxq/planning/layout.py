@@ -12,7 +12,7 @@ from mlxq.architecture.bind import Architecture
 from mlxq.headers import encode_header
 from mlxq.methods.formats import PARTS, TERNARY_PER_BYTE
 from mlxq.planning.plan import By, Decision, Shard, Step, Stored
-from mlxq.recipe.load import Recipe
+from mlxq.recipe.model import Recipe
 from mlxq.tensors import TensorSpec
 
 # mlx_lm starts a new shard where one would pass 5 GiB.

@@ -9,7 +9,7 @@ from mlxq.errors import BadInputError
 from mlxq.planning.decide import Ground, decide
 from mlxq.planning.layout import config_of, count_parameters, shards_of, steps_of
 from mlxq.planning.plan import Plan, Spent, Stored
-from mlxq.recipe.load import Recipe
+from mlxq.recipe.model import Recipe
 from mlxq.sources.base import ModelSource
 from mlxq.tensors import DTYPE_BY_NAME, FLOAT_DTYPES
 

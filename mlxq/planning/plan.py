@@ -12,7 +12,7 @@ from typing import Any
 
 from mlxq.architecture.bind import Architecture
 from mlxq.methods.formats import Format
-from mlxq.recipe.load import Calibration, Recipe
+from mlxq.recipe.model import Calibration, Recipe
 from mlxq.sources.base import ModelSource
 from mlxq.tensors import TensorSpec
 

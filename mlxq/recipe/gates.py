@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,8 @@ _OPERATORS: dict[str, Callable[[float, float], bool]] = {
     "<": operator.lt,
     ">": operator.gt,
 }
-_NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+_LONGEST_GATE = 200  # characters
+_NUMBER = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?"
 _GATE = re.compile(rf"\s*(\w+)\s*(<=|>=|<|>)\s*({_NUMBER})\s*([A-Za-z]+|%)?\s*")
 
 
@@ -52,14 +54,19 @@ def parse_gate(text: str) -> Gate:
 
     Raises BadInputError for an unknown metric (naming the closest), a relation or a unit that does not fit.
     """
-    match = _GATE.fullmatch(text)
+    shown = text if len(text) <= _LONGEST_GATE else text[:_LONGEST_GATE] + "..."
+    match = _GATE.fullmatch(text) if shown == text else None
     if match is None:
-        raise BadInputError(f"cannot read the gate {text!r}", "Write METRIC<NUMBER, such as kl_mean<0.05.")
+        raise BadInputError(f"cannot read the gate {shown!r}", "Write METRIC<NUMBER, such as kl_mean<0.05.")
     metric, relation, number, unit = match.groups()
     if metric not in METRICS:
         close = difflib.get_close_matches(metric, METRICS, 1, cutoff=0)[0]
-        raise BadInputError(f"gate {text!r}: unknown metric {metric!r}; the closest is {close}", _known())
-    return Gate(metric, relation, _limit(float(number), unit, metric, text), text.strip())
+        known = f"Metrics: {', '.join(METRICS)}."
+        raise BadInputError(f"gate {text!r}: unknown metric {metric!r}; the closest is {close}", known)
+    limit = _limit(float(number), unit, metric, text)
+    if math.isinf(limit):
+        raise BadInputError(f"gate {text!r}: no number is that large, so it would decide nothing")
+    return Gate(metric, relation, limit, text.strip())
 
 
 def gate_fault(text: str) -> str | None:
@@ -72,6 +79,7 @@ def gate_fault(text: str) -> str | None:
 
 
 def _limit(number: float, unit: str | None, metric: str, text: str) -> float:
+    """The limit in the metric's own unit."""
     if unit is None:
         return number
     if unit == "%" and not METRICS[metric].unit:
@@ -81,10 +89,6 @@ def _limit(number: float, unit: str | None, metric: str, text: str) -> float:
     takes = {"bytes": "B, KB, MB, GB, TB or KiB, MiB, GiB, TiB", "": "% or none"}
     allowed = takes.get(METRICS[metric].unit, "none")
     raise BadInputError(f"gate {text!r}: unit {unit!r} does not fit {metric}", f"Units it takes: {allowed}.")
-
-
-def _known() -> str:
-    return f"Metrics: {', '.join(METRICS)}."
 
 
 def check_gate(gate: Gate, model: str, metrics: Mapping[str, float | None]) -> GateResult:

@@ -1,13 +1,18 @@
-"""The schema of a recipe file: what pydantic checks and editors show. Descriptions are what an editor shows."""
+"""The schema of a recipe file, and its faults in our words. Descriptions are what an editor shows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from mlxq.methods.formats import AFFINE, ALL_BITS, ALL_GROUP_SIZES, MODES
 from mlxq.methods.registry import METHOD_NAMES, described
+from mlxq.recipe.draft import kind_of
+from mlxq.recipe.model import Calibration
+from mlxq.recipe.yaml import KeyPath
 from mlxq.tensors import DTYPE_BY_NAME
 
 
@@ -25,6 +30,10 @@ def _one_or_more(*types: str) -> dict[str, Any]:
     item: dict[str, Any] = {"type": list(types)} if len(types) > 1 else {"type": types[0]}
     return {"anyOf": [item, {"type": "array", "items": item, "minItems": 1}]}
 
+
+_MOST_BITS = 32  # of a weight that is not quantized at all
+_MOST_TOKENS = 1_000_000_000
+MOST_GATES = 100
 
 _Bits = Annotated[int, Field(description="Bits per weight.", json_schema_extra={"enum": list(ALL_BITS)})]
 _GroupSize = Annotated[
@@ -106,7 +115,9 @@ class FitsModel(_Model):
     model_config = ConfigDict(title="Fits")
 
     device: str = Field(min_length=1, description="A device of `mlxq inspect --device`, or this-machine.")
-    context: int = Field(default=8192, gt=0, description="Tokens of context that must fit beside the weights.")
+    context: int = Field(
+        default=8192, gt=0, le=_MOST_TOKENS, description="Tokens of context that must fit beside the weights."
+    )
 
 
 class BudgetModel(_Model):
@@ -115,7 +126,13 @@ class BudgetModel(_Model):
     model_config = ConfigDict(title="Budget")
 
     size: str = Field(default="", min_length=1, description="Of the weight files, such as 2.2GB or 900MiB.")
-    bpw: float = Field(default=0.0, gt=0, description="Bits per weight over all parameters, such as 4.25.")
+    bpw: float = Field(
+        default=0.0,
+        gt=0,
+        le=_MOST_BITS,
+        allow_inf_nan=False,
+        description="Bits per weight over all parameters, such as 4.25.",
+    )
     fits: FitsModel = Field(default=FitsModel(device="this-machine"), description="Derived from a device's memory.")
 
 
@@ -128,7 +145,9 @@ class CalibrationModel(_Model):
         default=["builtin"],
         description="builtin, self (sampled from the model), none (weights alone), or text files.",
     )
-    tokens: int = Field(default=16384, ge=1024, description="Most tokens taken from the text.")
+    tokens: int = Field(
+        default=Calibration.tokens, ge=1024, le=_MOST_TOKENS, description="Most tokens taken from the text."
+    )
 
 
 class UploadModel(_Model):
@@ -191,8 +210,97 @@ class RecipeModel(_Model):
     strict: bool = Field(default=False, description="Fail where no group size divides a width, rather than fall back.")
     gates: list[str] = Field(
         default=[],
+        max_length=MOST_GATES,
         description="What the result must measure against the original, such as kl_mean<0.05; else exit code 3.",
     )
     upload: UploadModel = Field(
         default=UploadModel(repo=""), description="Publish the result, once its gates have passed."
     )
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of a recipe file, for editors."""
+    schema = RecipeModel.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+@dataclass(frozen=True)
+class SchemaFault:
+    """A value that the schema refuses. ``known``: its key is unknown, and these may stand there."""
+
+    path: KeyPath
+    message: str
+    known: tuple[str, ...] = ()
+
+
+def schema_faults(data: Mapping[str, Any]) -> Iterator[SchemaFault]:
+    """What is of the wrong type, out of range, missing or unknown in a recipe."""
+    try:
+        RecipeModel.model_validate(data)
+    except ValidationError as errors:
+        for error in errors.errors(include_url=False):
+            path = error["loc"]
+            if error["type"] == "extra_forbidden":
+                yield SchemaFault(path, "unknown key", _known_keys(path))
+            elif error["type"] == "missing":
+                yield SchemaFault(path, f"needs the key {path[-1]!r}")
+            else:
+                yield SchemaFault(path, fault_message(error["type"], error["input"], error.get("ctx", {})))
+
+
+_MUST_BE = {
+    "string_type": "text",
+    "string_unicode": "text",
+    "int_type": "a whole number",
+    "int_parsing_size": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "model_type": "a mapping of keys to values",
+    "dict_type": "a mapping of keys to values",
+    "model_attributes_type": "a mapping of keys to values",
+}
+_EMPTY = "is empty; delete the key or give it a value"
+_BOUNDS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "greater_than": lambda bound: f"more than {bound['gt']:,.10g}",
+    "greater_than_equal": lambda bound: f"at least {bound['ge']:,.10g}",
+    "less_than_equal": lambda bound: f"at most {bound['le']:,.10g}",
+}
+
+
+def fault_message(kind: str, value: object, bounds: Mapping[str, Any]) -> str:
+    """One of pydantic's errors in our words: ``kind`` is its type, ``bounds`` the numbers it names."""
+    if kind == "string_too_short" or (kind == "too_short" and not value):
+        return _EMPTY
+    if value is None:
+        return "has no value; delete the key or give it one"
+    if kind == "too_short":
+        return f"needs at least {bounds['min_length']}, not {bounds['actual_length']}"
+    if kind == "too_long":
+        return f"may hold {bounds['max_length']:,}, not {bounds['actual_length']:,}"
+    if kind in _BOUNDS:
+        return f"must be {_BOUNDS[kind](bounds)}, not {kind_of(value)}"
+    if kind in _MUST_BE:
+        return f"must be {_MUST_BE[kind]}, not {kind_of(value)}"
+    return f"can't be {kind_of(value)}; docs/recipes.md says what goes here"
+
+
+_KEYS: dict[KeyPath, tuple[str, ...]] = {
+    (): tuple(RecipeModel.model_fields),
+    ("default",): tuple(FormatModel.model_fields),
+    ("budget",): tuple(BudgetModel.model_fields),
+    ("budget", "fits"): tuple(FitsModel.model_fields),
+    ("calibration",): tuple(CalibrationModel.model_fields),
+    ("upload",): tuple(UploadModel.model_fields),
+}
+_KEYS_OF_ITEMS: dict[str | int, tuple[str, ...]] = {
+    "rules": tuple(RuleModel.model_fields),
+    "options": tuple(FormatModel.model_fields),
+}
+
+
+def _known_keys(path: KeyPath) -> tuple[str, ...]:
+    """The keys that may stand beside the one at ``path``."""
+    around = path[:-1]
+    return _KEYS.get(around) or _KEYS_OF_ITEMS[around[0]]

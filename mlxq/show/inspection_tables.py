@@ -11,7 +11,7 @@ from rich.table import Table
 
 from mlxq.errors import BadInputError
 from mlxq.fold import fold
-from mlxq.recipe.match import matches
+from mlxq.recipe.match import matching
 from mlxq.show.tables import count_text, facts_table, plain_table, shape_text, size_text
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def chosen_modules(found: Inspection, pattern: str | None) -> tuple[InspectedMod
     """The modules ``pattern`` matches, or all. Raises BadInputError where it matches none."""
     if pattern is None:
         return found.modules
-    chosen = tuple(m for m in found.modules if matches(pattern, m.path))
+    meant = matching(pattern, [m.path for m in found.modules], "--match")
+    chosen = tuple(m for m in found.modules if m.path in meant)
     if not chosen:
         raise BadInputError(
             f"--match {pattern}: no module of {found.name} matches", "Leave --match out to see them all."

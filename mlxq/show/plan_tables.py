@@ -11,7 +11,7 @@ from rich.table import Table
 from mlxq.errors import BadInputError
 from mlxq.fold import fold
 from mlxq.planning.plan import By
-from mlxq.recipe.match import matches
+from mlxq.recipe.match import matching
 from mlxq.show.tables import facts_table, plain_table, shape_text, size_text
 from mlxq.tensors import FLOAT_DTYPES
 
@@ -99,7 +99,8 @@ def plan_notes(plan: Plan) -> list[str]:
 
 def why_table(plan: Plan, pattern: str) -> Table:
     """For each module ``pattern`` matches: what decided, what else matched, and what the model asked for."""
-    chosen = [d for d in plan.decisions if matches(pattern, d.path)]
+    meant = matching(pattern, [d.path for d in plan.decisions], "--why")
+    chosen = [d for d in plan.decisions if d.path in meant]
     if not chosen and pattern == "lm_head":
         chosen = [d for d in plan.decisions if d.path == plan.architecture.tied_head]
     if not chosen:

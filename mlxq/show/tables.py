@@ -13,7 +13,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from mlxq.machine.blas import BlasInfo
     from mlxq.machine.runtime import Environment
-    from mlxq.recipe.load import Recipe
+    from mlxq.recipe.model import Recipe
 
 
 def size_text(nbytes: float) -> str:
