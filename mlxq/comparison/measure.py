@@ -262,7 +262,6 @@ def compare(
             candidate.name,
             text.info.tokens,
         )
-        tied = found.kl_mean <= floor.kl_mean + 2 * floor.kl_mean_se
         results[0] = replace(results[0], reference_ppl=found.ppl_ref)
         results.append(
             ModelResult(
@@ -271,13 +270,18 @@ def compare(
                 candidate.layer_bits,
                 found,
                 speed,
-                tied=tied,
+                tied=is_tied(found, floor),
                 not_timed=not_timed,
                 budget=candidate.budget,
             )
         )
         done = replace(done, results=tuple(results), complete=len(results) == len(candidates) + 1)
         yield done
+
+
+def is_tied(found: Faithfulness, floor: Faithfulness) -> bool:
+    """Whether a model is inside the noise floor: no further off than its mean KL and two standard errors of it."""
+    return found.kl_mean <= floor.kl_mean + 2 * floor.kl_mean_se
 
 
 def _timed(candidate: Candidate, settings: Settings) -> Generator[Measuring, None, tuple[Speed | None, str | None]]:
