@@ -74,6 +74,9 @@ def test_a_variation_that_fits_to_the_byte_is_there() -> None:
         "no group of few bits", {"layers.0.a": FOUR, "layers.1.a": FOUR}, 800
     )
     assert named(rivals(options, 799, {}), "no group of few bits") is None
+    simple = {"turned": {"layers.0.a": TWO, "layers.1.a": SIX}}
+    assert named(rivals(options, 800, simple), "turned") == Rival("turned", simple["turned"], 800)
+    assert named(rivals(options, 790, simple), "turned") is None
 
 
 def test_scores_are_flattened_and_what_lies_outside_the_blocks_counts_double() -> None:
@@ -122,9 +125,10 @@ def test_one_that_takes_a_little_more_is_measured_beside_them() -> None:
     assert named(rivals(EVEN, just, {}), "uniform 4:64") is not None
     assert named(rivals(EVEN, just - 2, {}), "uniform 4:64") is None
     # Of two in that range the smaller is there.
+    options = {path: choices(1.0, 1000) for path in EVEN}
+    options["head"] = (*options["head"], Option(Format(4, 32), 4001, 0.001))
     beside = {"larger": {**dict.fromkeys(EVEN, FOUR), "head": Format(4, 32)}}
-    options = {**EVEN, "head": (*EVEN["head"], Option(Format(4, 32), 401, 0.001))}
-    names = [each.name for each in rivals(options, just, beside)]
+    names = [each.name for each in rivals(options, 11_943, beside)]
     assert "uniform 4:64" in names
     assert "larger" not in names
 
