@@ -56,13 +56,14 @@ def run(file: str, sample: int | None, children: int) -> dict[str, str]:
     from mutmut import __main__ as mutmut
     from mutmut.configuration import config
     from mutmut.stats import status_by_exit_code
+    from mutmut.utils.file_utils import copy_also_copy_files, copy_src_dir, setup_source_paths
 
     config().only_mutate = [file]
     config().pytest_add_cli_args_test_selection = list(TESTS[file])
     Path("mutants").mkdir()
-    mutmut.copy_src_dir()
-    mutmut.copy_also_copy_files()
-    mutmut.setup_source_paths()
+    copy_src_dir()
+    copy_also_copy_files()
+    setup_source_paths()
     mutmut.create_mutants(children)
     names = sorted(name for _, name, _ in mutmut.collect_source_file_mutation_data(mutant_names=())[0])
     if sample is not None and sample < len(names):

@@ -173,6 +173,6 @@ def test_the_interval_is_that_of_paired_differences(scale: float, expected: int)
 
 
 def test_mean_and_error() -> None:
-    assert mean_and_error([1.0, 3.0]) == (2.0, pytest.approx(1.0))
-    assert mean_and_error([1.0, 2.0, 3.0, 4.0]) == (2.5, pytest.approx((5 / 3) ** 0.5 / 2))
+    assert mean_and_error([1.0, 3.0]) == pytest.approx((2.0, 1.0))
+    assert mean_and_error([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, (5 / 3) ** 0.5 / 2))
     assert mean_and_error([0.25]) == (0.25, 0.0)

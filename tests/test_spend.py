@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mlxq.architecture.kv_cache import activation_bytes, kv_cache_bytes
 from mlxq.budget.allocate import allocate
 from mlxq.budget.scoring import ROUTER_BITS, SCORE_TOKENS, Scoring, allowed_formats, module_bytes
 from mlxq.budget.spend import CURVE_POINTS, MEASURED_POINTS, Spending, budget_bytes, next_bytes, spend
+from mlxq.calibration import sensitivity
 from mlxq.calibration.cache import ScoreCache, scores_key
 from mlxq.calibration.measured import measured_divergences
 from mlxq.calibration.streamed import streamed_model
@@ -54,6 +56,10 @@ class Seen:
         self.measured: list[mx.array] = []
 
 
+def sequences(batches: Sequence[mx.array]) -> list[tuple[int, ...]]:
+    return [tuple(row) for batch in batches for row in np.array(batch).tolist()]
+
+
 Whole = tuple[Plan, Spending, list[Scoring], Seen]
 
 
@@ -64,13 +70,12 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Whole:
 
     def scores(sequence: Any, batches: Any, *rest: Any) -> Any:
         seen.scored.extend(batches)
-        return really_score(sequence, batches, *rest)
+        return sensitivity.scores(sequence, batches, *rest)
 
     def measured(streamed: Any, batches: Any, *rest: Any) -> Any:
         seen.measured.extend(batches)
         return measured_divergences(streamed, batches, *rest)
 
-    really_score = mlxq.budget.scoring.scores
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLXQ_CACHE", str(tmp_path_factory.mktemp("cache")))
         # Two sequences to check on are enough to see that it is done, and quick.
@@ -100,8 +105,7 @@ def test_progress_counts_every_score_and_every_block(whole: Whole) -> None:
 
 def test_what_is_measured_never_saw_calibration(whole: Whole) -> None:
     _, spending, _, seen = whole
-    scored = {tuple(row) for batch in seen.scored for row in batch.tolist()}
-    measured = {tuple(row) for batch in seen.measured for row in batch.tolist()}
+    scored, measured = set(sequences(seen.scored)), set(sequences(seen.measured))
     assert scored
     assert measured
     assert not scored & measured
@@ -202,7 +206,8 @@ def test_without_text_scores_are_relative_squared_errors(model: Path) -> None:
     assert (spending.text, spending.checks) == (None, ())
     assert spending.facts()["predicted_kl"] is None
     assert spending.allocation == allocate(spending.options, spending.budget_bytes - spending.fixed_bytes)
-    weight = mx.load(str(next(model.glob("*.safetensors"))))["model.layers.0.mlp.up_proj.weight"].astype(mx.float32)
+    stored: Any = mx.load(str(next(model.glob("*.safetensors"))))
+    weight = stored["model.layers.0.mlp.up_proj.weight"].astype(mx.float32)
     scales = mx.quantize(weight.astype(mx.bfloat16), 64, 3)
     error = mx.dequantize(*scales, 64, 3).astype(mx.float32) - weight
     found = spending.options["model.layers.0.mlp.up_proj"][0].divergence
@@ -290,9 +295,7 @@ def test_every_sixth_sequence_is_held_out_and_the_others_calibrate(
     draft = draft_of(model, {"bpw": 5.0}, f"calibration={{text: {text}, tokens: {tokens}}}")
     with streamed_model(draft.source, draft.architecture) as streamed:
         found = calibration_text(draft.calibration, streamed)
-    calibrate, held = (
-        [tuple(row) for batch in part for row in batch.tolist()] for part in (found.batches, found.held_out)
-    )
+    calibrate, held = sequences(found.batches), sequences(found.held_out)
     assert all(len(row) == SEQUENCE_TOKENS for row in (*calibrate, *held))
     assert not set(calibrate) & set(held)
     assert sum(map(len, held)) <= HELD_OUT_TOKENS
