@@ -163,6 +163,13 @@ def test_a_dtype_is_written_where_the_config_has_one(model: Path, tmp_path: Path
     assert "dtype" not in plan.config
     assert {step.spec.dtype for step in plan.steps} == {"F16"}
     assert planned(model).config["torch_dtype"] == "bfloat16"
+    newer = planned(llama(tmp_path / "newer", dtype="bfloat16"), dtype="float16").config
+    assert newer["dtype"] == newer["torch_dtype"] == "float16"
+
+
+def test_parameters_are_counted_as_numbers(model: Path) -> None:
+    plan = planned(model)
+    assert plan.parameter_count == sum(math.prod(p.spec.shape) for p in plan.architecture.parameters)
 
 
 def test_shards_are_filled_in_order_to_the_byte(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

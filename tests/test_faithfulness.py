@@ -58,11 +58,15 @@ def test_kl_and_likelihood_equal_the_definition_in_float64() -> None:
 
 
 def test_the_gpu_arithmetic_gives_the_same_numbers() -> None:
-    ref, cand, follow = random_logits(0), random_logits(1), targets()
+    # The second sequence is the same in both, so that some tokens agree and others do not.
+    ref, follow = random_logits(0), targets()
+    cand = mx.concatenate([random_logits(1)[:1], ref[1:]])
     one = faithfulness._measure_with_numpy(ref, cand, follow)
+    assert 0 < one.agrees.mean() < 1
     other = faithfulness._measure_with_mlx(ref, cand, follow)
     for name in ("kl", "nll_ref", "nll", "agrees"):
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-4, atol=1e-5)
+        assert getattr(one, name).dtype == getattr(other, name).dtype == np.float32
 
 
 @pytest.mark.parametrize("measure", [faithfulness._measure_with_numpy, faithfulness._measure_with_mlx])
