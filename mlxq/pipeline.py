@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mlxq.architecture.bind import bind
 from mlxq.architecture.opening import open_lazily
@@ -22,43 +22,18 @@ from mlxq.methods.registry import uses_text
 from mlxq.metrics.size import measure_size
 from mlxq.planning.make import make_plan
 from mlxq.planning.plan import Plan, Spent, Stored
-from mlxq.publish.card import source_metadata, write_card
+from mlxq.publish.card import write_card
 from mlxq.recipe.load import load_recipe, recipe_from_dict
 from mlxq.recipe.model import Recipe
 from mlxq.retry import Waiting
+from mlxq.sources.base import ModelSource
 from mlxq.sources.download import Downloading, fetch, fetch_companions
-from mlxq.sources.resolve import resolve
+from mlxq.sources.gguf_parts import model_name
 from mlxq.writing.disk_space import check_disk
 from mlxq.writing.execute import Written, execute
 from mlxq.writing.folder import PartialFolder
 from mlxq.writing.low_disk import execute_by_shards
-from mlxq.writing.report import build_report, hash_files, source_facts, write_report
-
-if TYPE_CHECKING:
-    from mlxq.sources.resolve import Event
-
-
-@dataclass(frozen=True)
-class Options:
-    """How the weights of the source are read.
-
-    ``stored`` says what becomes of modules that it holds quantized; ``trust_remote_code`` lets ``mlx_lm`` run a model
-    file of the repository.
-    """
-
-    stored: Stored = Stored.AS_IS
-    trust_remote_code: bool = False
-
-    @classmethod
-    def from_dict(cls, recorded: Mapping[str, bool]) -> Options:
-        """Those that an ``mlxq.json`` records."""
-        stored = next((each for each in Stored if recorded.get(each.value)), Stored.AS_IS)
-        return cls(stored, recorded["trust_remote_code"])
-
-    def as_dict(self) -> dict[str, bool]:
-        """As ``mlxq.json`` records them."""
-        asked = {each.value: each is self.stored for each in Stored if each is not Stored.AS_IS}
-        return {**asked, "trust_remote_code": self.trust_remote_code}
+from mlxq.writing.report import build_report, check_trust, hash_files, source_facts, write_report
 
 
 @dataclass(frozen=True)
@@ -86,34 +61,25 @@ class Allocated:
     spending: Spending
 
 
-def prepare(
-    recipe: Recipe,
-    model: str,
-    options: Options,
-    *,
-    spent: Spent | None = None,
-    on_event: Callable[[Event], None] = lambda _: None,
-) -> Plan:
-    """Everything up to the plan, from headers only; ``spent`` is what the recipe's budget came to earlier.
+def prepare(recipe: Recipe, source: ModelSource, stored: Stored = Stored.AS_IS, *, spent: Spent | None = None) -> Plan:
+    """Everything from the source to the plan, from headers only.
 
-    ``on_event`` is told what is waited for and what is fetched.
+    ``stored`` says what becomes of modules that the source holds quantized, ``spent`` what the recipe's budget came to
+    earlier.
     """
-    source = resolve(model, trusted=options.trust_remote_code, on_event=on_event)
     architecture = bind(source)
     reason = None
     if recipe.calibration.has_text and (recipe.budget is not None or uses_text(recipe.method)):
-        reason = not_sequential(source, architecture, trust_remote_code=options.trust_remote_code)
-    return make_plan(source, recipe, architecture, options.stored, spent=spent, uncalibrated=reason)
+        reason = not_sequential(source)
+    return make_plan(source, recipe, architecture, stored, spent=spent, uncalibrated=reason)
 
 
-def allocated_plan(draft: Plan, options: Options, *, measure_curve: bool = False) -> Iterator[Scoring | Allocated]:
+def allocated_plan(draft: Plan, *, measure_curve: bool = False) -> Iterator[Scoring | Allocated]:
     """Spend the budget of ``draft``: progress, then the plan with every format chosen.
 
     Raises BadInputError where the budget is too small.
     """
-    for event in spend(
-        draft, _presets(draft), measure_curve=measure_curve, trust_remote_code=options.trust_remote_code
-    ):
+    for event in spend(draft, _presets(draft), measure_curve=measure_curve):
         if isinstance(event, Scoring):
             yield event
             continue
@@ -121,7 +87,7 @@ def allocated_plan(draft: Plan, options: Options, *, measure_curve: bool = False
             draft.source,
             draft.recipe,
             draft.architecture,
-            options.stored,
+            draft.stored,
             spent=Spent(event.allocation.formats, event.facts()),
             uncalibrated=draft.uncalibrated,
         )
@@ -140,24 +106,22 @@ def _presets(draft: Plan) -> dict[str, dict[str, Format | None]]:
 
 def default_output(recipe: Recipe, model: str) -> Path:
     """``./<model>-<recipe>``, where neither the recipe nor the command line names a folder."""
-    name = Path(model.partition("@")[0]).resolve().name.removesuffix(".gguf")
+    name = model_name(Path(model.partition("@")[0]).resolve().name)
     return Path(f"{name}-{recipe.name}")
 
 
-def with_weights(
-    plan: Plan, out: Path, options: Options, *, low_disk: bool = False
-) -> Generator[Downloading | Waiting, None, Plan]:
+def with_weights(plan: Plan, out: Path, *, low_disk: bool = False) -> Generator[Downloading | Waiting, None, Plan]:
     """The same plan with its source on this disk; with ``low_disk`` all but the weights.
 
     Raises MlxqError where the disk has no room for source and output, or the Hub cannot be reached.
     """
-    check_disk(plan, out, low_disk=low_disk, trust_remote_code=options.trust_remote_code)
+    check_disk(plan, out, low_disk=low_disk)
     source = yield from (fetch_companions if low_disk else fetch)(plan.source)
     return plan.with_source(source)
 
 
 def run(
-    plan: Plan, out: Path, options: Options, *, force: bool = False, low_disk: bool = False
+    plan: Plan, out: Path, *, force: bool = False, low_disk: bool = False
 ) -> Iterator[Written | Resumed | Downloading | Waiting | Finished]:
     """Write ``plan`` to ``out``, yielding progress; the last event is ``Finished``.
 
@@ -168,22 +132,22 @@ def run(
     """
     began = time.perf_counter()
     check_output(plan, out, force=force)
-    plan = yield from with_weights(plan, out, options, low_disk=low_disk)
+    plan = yield from with_weights(plan, out, low_disk=low_disk)
     with PartialFolder(plan, out, force=force) as partial:
         if partial.found.done or partial.found.discarded:
             yield Resumed(len(partial.found.done), partial.found.discarded, partial.folder)
         write = execute if plan.source.remote is None else execute_by_shards
-        yield from write(plan, partial, trust_remote_code=options.trust_remote_code)
+        yield from write(plan, partial)
         executed = time.perf_counter()
         peak = peak_rss_bytes()
         partial.write_sidecars()
-        verify(plan, partial.folder, trust_remote_code=options.trust_remote_code)
+        verify(plan, partial.folder)
         verified = time.perf_counter()
         timings = {"execute": executed - began, "verify": verified - executed}
         size = measure_size(partial.folder)
         files = hash_files(partial.folder, partial.shard_sha256())
-        report = build_report(plan, size, options.as_dict(), timings, peak, files)
-        report["card"] = source_metadata(plan.source)
+        report = build_report(plan, size, timings, peak, files)
+        report["card"] = dict(plan.source.card.values)
         write_card(report, partial.folder, out.name)
         write_report(report, partial.folder)
         partial.publish()
@@ -210,7 +174,7 @@ def check_output(plan: Plan, out: Path, *, force: bool) -> None:
         )
 
 
-def verify(plan: Plan, folder: Path, *, trust_remote_code: bool = False) -> None:
+def verify(plan: Plan, folder: Path) -> None:
     """Check a written folder against its plan: headers, sizes, and that ``mlx_lm`` takes it.
 
     Raises MlxqError at the first difference.
@@ -226,36 +190,58 @@ def verify(plan: Plan, folder: Path, *, trust_remote_code: bool = False) -> None
         wrong = sorted(set(found.items()) ^ set(planned.items()), key=lambda item: item[0])[0][0]
         raise MlxqError(f"{folder}: tensor {wrong} is not what was planned")
     try:
-        open_lazily(folder, str(folder), trust_remote_code=trust_remote_code)
+        open_lazily(folder, str(folder), trusted=plan.source.trusted)
     except BadInputError as exc:
         raise MlxqError(f"the output does not load: {exc.message}", f"It is kept in {folder} for a look.") from exc
 
 
-def prepare_locked(
-    report: dict[str, Any], model: str | None, *, on_event: Callable[[Event], None] = lambda _: None
-) -> tuple[Plan, Options]:
-    """The plan that an ``mlxq.json`` records, on the same source.
+def recorded_model(report: Mapping[str, Any]) -> str:
+    """The model that an ``mlxq.json`` records, as ``resolve`` takes it.
 
-    Raises BadInputError where the source is no longer the one recorded.
+    Raises BadInputError where that was a folder or file whose place it does not say.
     """
     recorded = report["source"]
-    options = Options.from_dict(report["options"])
-    name = model or recorded["name"]
-    if model is None and recorded["revision"]:
-        name = f"{recorded['name'].partition('@')[0]}@{recorded['revision']}"
+    if recorded["revision"]:
+        return f"{recorded['name'].partition('@')[0]}@{recorded['revision']}"
+    name = str(recorded["name"])
+    if name != "sample" and not Path(name).exists():
+        raise BadInputError(
+            f"the report says that the model is called {name}, and not where it lies", f"Name it: --model .../{name}"
+        )
+    return name
+
+
+def prepare_locked(report: Mapping[str, Any], source: ModelSource) -> Plan:
+    """The plan that an ``mlxq.json`` records, on the same source.
+
+    Raises BadInputError where ``source`` is no longer the one recorded, or is not trusted as that one was.
+    """
+    check_trust(report, "what it records", trusted=source.trusted)
     recipe = recipe_from_dict(report["recipe"]["resolved"], report["recipe"]["name"])
+    if uses_text(recipe.method):
+        _check_texts(recipe)
     spent = None
     if recipe.budget is not None:
         formats = {m["path"]: Format.from_config(m["format"]) if m["format"] else None for m in report["modules"]}
         spent = Spent(formats, report["budget"])
-    plan = prepare(recipe, name, options, spent=spent, on_event=on_event)
-    now = source_facts(plan.source)
-    if now["headers_sha256"] != recorded["headers_sha256"]:
+    plan = prepare(recipe, source, Stored.recorded(report["options"]), spent=spent)
+    recorded = report["source"]
+    if source_facts(source)["headers_sha256"] != recorded["headers_sha256"]:
         raise BadInputError(
-            f"{name} is not the model that was quantized: its tensors differ",
+            f"{source.name} is not the model that was quantized: its tensors differ",
             f"Name the original with --model ({recorded['name']}, revision {recorded['revision'] or 'unknown'}).",
         )
-    return plan, options
+    return plan
+
+
+def _check_texts(recipe: Recipe) -> None:
+    """Raise BadInputError where a text file that a report names is not here: a report says no places."""
+    for text in recipe.calibration.texts:
+        if text not in ("builtin", "self", "none") and not Path(text).is_file():
+            raise BadInputError(
+                f"the calibration text {text} is not here, and a report does not say where it lies",
+                f"Run the command in the folder that holds {Path(text).name}.",
+            )
 
 
 def differing_files(report: dict[str, Any], locked: dict[str, Any]) -> tuple[str, ...]:

@@ -6,16 +6,20 @@ before the same is tried again.
 
 from __future__ import annotations
 
+import re
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
 
 from mlxq.errors import MlxqError
+from mlxq.hub_client import prepare_client
 
 TRIES = 5
-LONGEST_WAIT_S = 900.0
+# The Hub counts requests by windows of five minutes; what asks for more than an hour at once is no such limit.
+LONGEST_WAIT_S = 3600.0
 _T = TypeVar("_T")
 _Event = TypeVar("_Event")
 
@@ -34,8 +38,10 @@ def patiently(
     """Call the Hub; wait and call again where it asks to, has trouble of its own, or was cut off.
 
     With ``once`` only a refusal is tried again, not a request whose answer may have been lost. What is left after
-    ``TRIES`` is raised as ``explained`` has it; errors that are not the Hub's pass through.
+    ``TRIES`` is raised as ``explained`` has it; a wait that the Hub itself names is no try, however often it does.
+    Errors that are not the Hub's pass through.
     """
+    prepare_client()
     tries = 0
     while True:
         tries += 1
@@ -47,6 +53,8 @@ def patiently(
             wait = waiting_for(exc, tries, once=once)
             if wait is None or tries >= TRIES:
                 raise explained(exc) from exc
+            if named_wait_s(exc):
+                tries -= 1
             yield wait
             time.sleep(wait.seconds)
 
@@ -55,8 +63,8 @@ def waiting_for(exc: Exception, tries: int, *, once: bool = False) -> Waiting | 
     """How long to wait before trying again; None where that would not help."""
     response = response_of(exc)
     if response is not None and response.status_code == 429:
-        asked = str(response.headers.get("Retry-After", ""))
-        seconds = float(asked) if asked.isdigit() else 15.0 * tries
+        named = named_wait_s(exc)
+        seconds = 15.0 * tries if named is None else named
         return Waiting(seconds, "the Hub limits how often it may be asked") if seconds <= LONGEST_WAIT_S else None
     if once or is_offline(exc):
         return None
@@ -65,6 +73,47 @@ def waiting_for(exc: Exception, tries: int, *, once: bool = False) -> Waiting | 
     if response.status_code >= 500:
         return Waiting(2.0 ** (tries - 1), f"the Hub answered {response.status_code}")
     return None
+
+
+def named_wait_s(exc: BaseException) -> float | None:
+    """How long the Hub asks to be left alone, where it limits requests (429) and says so; None else.
+
+    From ``Retry-After`` (RFC 9110: seconds, or a date), or the ``RateLimit`` fields of the IETF's drafts:
+    ``"api";r=0;t=280``, ``limit=500, remaining=0, reset=280``, or ``RateLimit-Reset: 280``.
+    """
+    response = response_of(exc)
+    if response is None or response.status_code != 429:
+        return None
+    headers: Mapping[str, str] = response.headers
+    after = headers.get("Retry-After", "").strip()
+    if after.isdecimal():
+        return float(after)
+    if after:
+        try:
+            return max(0.0, parsedate_to_datetime(after).timestamp() - time.time())
+        except (ValueError, OverflowError):
+            pass  # Neither of the two: the other fields may know.
+    named = [float(seconds) for seconds in _spent_limits(headers.get("RateLimit", ""))]
+    reset = headers.get("RateLimit-Reset", "").strip()
+    return max(named, default=float(reset) if reset.isdecimal() else None)
+
+
+def _spent_limits(field: str) -> Iterator[str]:
+    """Seconds until each limit in a ``RateLimit`` field begins anew, of those that nothing is left of."""
+    if reset := re.search(r"\breset\s*=\s*(\d+)", field):
+        yield reset[1]
+    for limit in field.split(","):
+        parts = dict(re.findall(r";\s*(\w+)\s*=\s*(\d+)", limit))
+        if "t" in parts and int(parts.get("r", 0)) == 0:
+            yield parts["t"]
+
+
+def limited(exc: BaseException) -> str:
+    """Why the Hub is not asked again after a 429."""
+    named = named_wait_s(exc)
+    if named is not None and named > LONGEST_WAIT_S:
+        return f"the Hub limits how often it may be asked, and asks to wait {named:,.0f} s"
+    return f"the Hub still limits how often it may be asked, after {TRIES} tries"
 
 
 def chain(exc: BaseException) -> Iterator[BaseException]:

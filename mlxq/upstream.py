@@ -69,7 +69,7 @@ def _named(module: str, name: str, *parameters: str) -> Any:
 
 
 def load_model(
-    folder: Path, *, classes: ModelClasses, overrides: dict[str, Any] | None, trust_remote_code: bool
+    folder: Path, *, classes: ModelClasses, overrides: dict[str, Any] | None, trusted: bool
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Open a folder, every parameter unevaluated, and its config, of which ``overrides`` replace keys.
 
@@ -77,7 +77,7 @@ def load_model(
     folder; builds the model by ``get_model_classes(config)``; gives ``sanitize`` the checkpoint's tensors by their
     own names; reads AWQ, GPTQ, compressed-tensors, MXFP4 and ModelOpt checkpoints; quantizes modules that have
     scales; raises where a parameter is missing or left over (``strict``), and, whatever a model file raises, that.
-    Runs a model file of the folder only with ``trust_remote_code``.
+    Runs a model file of the folder only with ``trust_remote_code``, which is ``trusted``.
     """
     load = _named(
         "mlx_lm.utils", "load_model", "lazy", "strict", "model_config", "get_model_classes", "trust_remote_code"
@@ -88,7 +88,7 @@ def load_model(
         strict=True,
         model_config=overrides,
         get_model_classes=classes,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trusted,
     )
     return opened
 

@@ -13,9 +13,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlxq.metrics.size import measure_size
-from mlxq.pipeline import Finished, Options, prepare, run
+from mlxq.pipeline import Finished, prepare, run
 from mlxq.planning.plan import Stored
 from mlxq.recipe.load import load_recipe, recipe_from_dict
+from mlxq.sources.resolve import resolve
 from tests.checkpoints import LLAMA, VOCABULARY, build, save
 
 SMALL: dict[str, Any] = {**LLAMA, "head_dim": 32, "max_position_embeddings": 512, "rope_theta": 1e4}
@@ -130,11 +131,10 @@ def checkpoint(folder: Path, name: str, shards: int = 1) -> Path:
     return save(folder, CONFIGS[name], as_checkpoint(name, weights), shards)
 
 
-def quantize(model: Path, out: Path, recipe: Any, options: Options | None = None) -> Finished:
+def quantize(model: Path, out: Path, recipe: Any, stored: Stored = Stored.AS_IS) -> Finished:
     """Run the whole line and return its last event."""
-    options = options or Options()
-    plan = prepare(recipe, str(model), options)
-    *_, last = run(plan, out, options)
+    plan = prepare(recipe, resolve(str(model)), stored)
+    *_, last = run(plan, out)
     assert isinstance(last, Finished)
     assert plan.file_bytes == sum(f.stat().st_size for f in out.glob("model*.safetensors"))
     return last
@@ -206,7 +206,7 @@ def test_convert_keeps_every_value(name: str, tmp_path: Path) -> None:
 def test_dequantize_gives_the_values_the_kernels_use(name: str, mode: str, tmp_path: Path) -> None:
     model = checkpoint(tmp_path / "model", name)
     quantize(model, tmp_path / "packed", recipe_from_dict({"default": {"mode": mode}}, "test"))
-    quantize(tmp_path / "packed", tmp_path / "plain", recipe_from_dict({}, "mlx"), Options(Stored.DEQUANTIZE))
+    quantize(tmp_path / "packed", tmp_path / "plain", recipe_from_dict({}, "mlx"), Stored.DEQUANTIZE)
     packed, plain = tensors(tmp_path / "packed"), tensors(tmp_path / "plain")
     recorded = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization"]
     assert "quantization" not in json.loads((tmp_path / "plain" / "config.json").read_text())

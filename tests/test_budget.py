@@ -25,9 +25,10 @@ from mlxq.cli import app
 from mlxq.errors import BadInputError
 from mlxq.methods.formats import Format
 from mlxq.methods.rtn import round_to_nearest
-from mlxq.pipeline import Allocated, Finished, Options, allocated_plan, differing_files, prepare, prepare_locked, run
+from mlxq.pipeline import Allocated, Finished, allocated_plan, differing_files, prepare, prepare_locked, run
 from mlxq.planning.plan import By, Plan
 from mlxq.recipe.load import budget_recipe, recipe_from_dict
+from mlxq.sources.resolve import resolve
 from mlxq.writing.execute import Written
 from mlxq.writing.report import read_report
 from tests.checkpoints import build, llama, save
@@ -35,7 +36,6 @@ from tests.test_bit_identity import CONFIGS
 from tests.test_foreign import DEEPSEEK
 from tests.test_plan import HUNYUAN
 
-OPTIONS = Options()
 # Enough text to calibrate a model of this size, and little enough to be quick.
 FEW = "calibration={tokens: 2048}"
 
@@ -53,9 +53,9 @@ def _shared_cache(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def spent(model: Path, bpw: float, *sets: str) -> tuple[Plan, Spending, list[str]]:
     """The plan of a budget, how it was spent, and the stages it took."""
-    draft = prepare(budget_recipe({"bpw": bpw}, [FEW, *sets]), str(model), OPTIONS)
+    draft = prepare(budget_recipe({"bpw": bpw}, [FEW, *sets]), resolve(str(model)))
     stages = []
-    for event in allocated_plan(draft, OPTIONS):
+    for event in allocated_plan(draft):
         if isinstance(event, Scoring):
             stages.append(event.stage)
         else:
@@ -64,7 +64,7 @@ def spent(model: Path, bpw: float, *sets: str) -> tuple[Plan, Spending, list[str
 
 
 def written(plan: Plan, out: Path) -> Finished:
-    *_, last = run(plan, out, OPTIONS)
+    *_, last = run(plan, out)
     assert isinstance(last, Finished)
     return last
 
@@ -90,7 +90,7 @@ def test_a_budget_is_met_to_half_a_percent(deep: Path, bpw: float, tmp_path: Pat
 
 
 def test_what_takes_a_little_more_is_measured_and_not_chosen(deep: Path) -> None:
-    uniform = prepare(recipe_from_dict({"default": {"bits": 4, "group_size": 64}}, "test"), str(deep), OPTIONS)
+    uniform = prepare(recipe_from_dict({"default": {"bits": 4, "group_size": 64}}, "test"), resolve(str(deep)))
     _, spending, _ = spent(deep, uniform.bits_per_weight * 0.999)
     beside = next(check for check in spending.checks if check.name == "uniform 4:64")
     assert beside.weight_bytes == uniform.weight_bytes > spending.budget_bytes
@@ -102,9 +102,7 @@ def test_what_takes_a_little_more_is_measured_and_not_chosen(deep: Path) -> None
 
 def test_a_size_counts_whole_files(deep: Path, tmp_path: Path) -> None:
     recipe = budget_recipe({"size": "600KB"}, [FEW])
-    plan = next(
-        e.plan for e in allocated_plan(prepare(recipe, str(deep), OPTIONS), OPTIONS) if isinstance(e, Allocated)
-    )
+    plan = next(e.plan for e in allocated_plan(prepare(recipe, resolve(str(deep)))) if isinstance(e, Allocated))
     written(plan, tmp_path / "out")
     assert 0.95 * 600_000 < (tmp_path / "out" / "model.safetensors").stat().st_size <= 600_000
 
@@ -153,7 +151,7 @@ def test_every_kind_of_model_spends_a_budget_and_loads(name: str, tmp_path: Path
 def test_a_router_keeps_eight_bits_and_a_stack_has_one_format(tmp_path: Path) -> None:
     config = CONFIGS["mixtral"]
     model = save(tmp_path / "model", config, build(config)[1])
-    draft = prepare(budget_recipe({"bpw": 6.0}, [FEW]), str(model), OPTIONS)
+    draft = prepare(budget_recipe({"bpw": 6.0}, [FEW]), resolve(str(model)))
     routers = {path: formats for path, formats in allowed_formats(draft).items() if path.endswith(".gate")}
     assert routers
     assert all(fmt.bits >= ROUTER_BITS for formats in routers.values() for fmt in formats)
@@ -179,7 +177,7 @@ def test_a_budget_is_rebuilt_where_the_model_asks_for_bits(tmp_path: Path) -> No
     plan, _, _ = spent(model, 6.5, "options=[3, 8]")
     assert any(d.by is By.MODEL and d.path.endswith("mlp.gate") for d in plan.decisions)
     recorded = written(plan, tmp_path / "out").report
-    locked, _ = prepare_locked(recorded, None)
+    locked = prepare_locked(recorded, resolve(str(model)))
     assert {d.path: d.format for d in locked.decisions} == {d.path: d.format for d in plan.decisions}
     assert locked.spending == plan.spending == recorded["budget"]
     assert locked.recipe == plan.recipe
@@ -206,7 +204,7 @@ def logits_of(folder: Path, tokens: mx.array) -> mx.array:
 def test_chosen_weights_lose_less_than_rounded_ones(name: str, tmp_path: Path) -> None:
     config = CONFIGS[name]
     model = save(tmp_path / "model", config, build(config)[1])
-    plan = prepare(recipe_of(method="fit", default={"bits": 3}), str(model), OPTIONS)
+    plan = prepare(recipe_of(method="fit", default={"bits": 3}), resolve(str(model)))
     with streamed_model(plan.source, plan.architecture) as streamed:
         tokens = calibration_text(plan.recipe.calibration, streamed).held_out[0]
     reference = logits_of(model, tokens)
@@ -214,7 +212,7 @@ def test_chosen_weights_lose_less_than_rounded_ones(name: str, tmp_path: Path) -
     for method in ("rtn", "fit", "gptq"):
         keys = {} if method == "rtn" else {"calibration": {"tokens": 4096}}
         recipe = recipe_from_dict({"default": {"bits": 3, "group_size": 64}, "method": method, **keys}, method)
-        finished = written(prepare(recipe, str(model), OPTIONS), tmp_path / method)
+        finished = written(prepare(recipe, resolve(str(model))), tmp_path / method)
         lost[method] = float(divergence(reference, logits_of(tmp_path / method, tokens)).mean())
         recorded = {module["method"] for module in finished.report["modules"] if module["format"]}
         assert method in recorded
@@ -226,7 +224,7 @@ def test_chosen_weights_lose_less_than_rounded_ones(name: str, tmp_path: Path) -
 def test_gptq_is_interrupted_continued_and_rebuilt_to_the_same_bytes(deep: Path, tmp_path: Path) -> None:
     plan, _, _ = spent(deep, 4.2)
     whole = written(plan, tmp_path / "whole")
-    events: Iterator[Any] = run(plan, tmp_path / "out", OPTIONS)
+    events: Iterator[Any] = run(plan, tmp_path / "out")
     finished = 0
     for event in events:
         finished += isinstance(event, Written) and event.finished is not None
@@ -236,15 +234,15 @@ def test_gptq_is_interrupted_continued_and_rebuilt_to_the_same_bytes(deep: Path,
     continued = written(plan, tmp_path / "out")
     assert differing_files(continued.report, whole.report) == ()
     recorded = read_report(tmp_path / "whole" / "mlxq.json")
-    locked, options = prepare_locked(recorded, None)
-    *_, rebuilt = run(locked, tmp_path / "rebuilt", options)
+    locked = prepare_locked(recorded, resolve(str(deep)))
+    *_, rebuilt = run(locked, tmp_path / "rebuilt")
     assert isinstance(rebuilt, Finished)
     assert differing_files(rebuilt.report, recorded) == ()
 
 
 def test_scores_predict_what_is_measured(deep: Path) -> None:
     """Over random assignments, summed scores and measured KL agree in rank; docs/budgets.md has a trained model's."""
-    draft = prepare(budget_recipe({"bpw": 4.5}, [FEW]), str(deep), OPTIONS)
+    draft = prepare(budget_recipe({"bpw": 4.5}, [FEW]), resolve(str(deep)))
     options = {path: (Format(3, 64), Format(4, 64), Format(5, 64), Format(6, 64)) for path in allowed_formats(draft)}
 
     def encoded(path: str, weight: mx.array, fmt: Format, *_: Any) -> mx.array:

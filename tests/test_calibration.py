@@ -21,8 +21,9 @@ from mlxq.calibration.tokens import calibration_text
 from mlxq.methods.affine_fit import affine_fit
 from mlxq.methods.formats import Format
 from mlxq.methods.gptq import GPTQ, Feedback, feedback
-from mlxq.pipeline import Options, prepare
+from mlxq.pipeline import prepare
 from mlxq.recipe.load import recipe_from_dict
+from mlxq.sources.resolve import resolve
 from tests.checkpoints import llama
 
 COMMON = {
@@ -148,7 +149,7 @@ def test_an_expert_the_text_hardly_reached_borrows_from_the_others(hessian: bool
 def test_the_embedding_that_is_the_head_is_damped_as_one(tmp_path: Path) -> None:
     model = llama(tmp_path / "model", tie_word_embeddings=True)
     recipe = recipe_from_dict({"default": {"bits": 4}, "method": "gptq", "calibration": {"tokens": 1024}}, "test")
-    plan = prepare(recipe, str(model), Options())
+    plan = prepare(recipe, resolve(str(model)))
     assert plan.architecture.tied_head == "model.embed_tokens"
     encoders = {"model.embed_tokens.weight": (GPTQ, Format(4, 64))}
     ((_, _, guide),) = guided_weights(plan, encoders)

@@ -17,6 +17,7 @@ from mlxq.metrics.faithfulness import Faithfulness
 from mlxq.metrics.size import Size
 from mlxq.recipe.gates import check_gates, parse_gate
 from mlxq.running.speed import Answer, Speed, SpeedSettings
+from mlxq.writing import pictures
 
 
 def faithful(kl: float) -> Faithfulness:
@@ -74,9 +75,9 @@ def test_page_escapes_names_and_answers(comparison: Comparison) -> None:
 
 
 def test_drawing_is_the_same_each_time(comparison: Comparison) -> None:
-    one, other = (charts.as_svg(charts.size_against_kl(comparison)) for _ in range(2))
+    one, other = (pictures.as_svg(charts.size_against_kl(comparison)) for _ in range(2))
     assert one == other
-    assert charts.as_png(charts.size_against_kl(comparison)).startswith(b"\x89PNG")
+    assert pictures.as_png(charts.size_against_kl(comparison)).startswith(b"\x89PNG")
 
 
 def test_nan_is_shown_and_never_best_and_json_stays_valid(comparison: Comparison) -> None:

@@ -13,10 +13,11 @@ from typer.testing import CliRunner, Result
 
 from mlxq.cli import app
 from mlxq.comparison.candidates import model_candidate, recipe_candidate
-from mlxq.comparison.measure import Comparison, Settings, compare, folder_candidate
+from mlxq.comparison.measure import Comparison, Settings, compare, stored_candidate
 from mlxq.errors import BadInputError, GateError
-from mlxq.pipeline import Options, prepare, run
+from mlxq.pipeline import prepare, run
 from mlxq.recipe.load import load_recipe, names_recipe
+from mlxq.sources.resolve import resolve
 from tests.checkpoints import LLAMA, build, llama, save
 
 FAST = ("--no-speed", "--tokens", "1024")
@@ -27,8 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``original`` and its ``4bit``."""
     root = tmp_path_factory.mktemp("models")
     llama(root / "original", hidden_size=64, intermediate_size=128)
-    options = Options()
-    for _ in run(prepare(load_recipe("4bit"), str(root / "original"), options), root / "4bit", options):
+    for _ in run(prepare(load_recipe("4bit"), resolve(str(root / "original"))), root / "4bit"):
         pass
     return root
 
@@ -55,7 +55,7 @@ def test_a_recipe_in_memory_measures_as_the_folder_it_would_write(models: Path) 
 
 
 def test_a_model_compared_with_itself_is_at_distance_zero_and_tied(models: Path) -> None:
-    original = folder_candidate("original", models / "original")
+    original = stored_candidate("original", resolve(str(models / "original")))
     *_, last = compare(original, [original], Settings(tokens=1024, speed=None))
     assert isinstance(last, Comparison)
     assert last.complete
@@ -90,9 +90,9 @@ def test_gates_fail_with_exit_code_3_and_a_line_each(
 
 def test_models_of_one_name_are_told_apart_and_all_held_against_the_gates(models: Path, tmp_path: Path) -> None:
     for place, recipe in (("bad", "4bit"), ("good", "8bit")):
-        plan = prepare(load_recipe(recipe), str(models / "original"), Options())
+        plan = prepare(load_recipe(recipe), resolve(str(models / "original")))
         (tmp_path / place).mkdir()
-        list(run(plan, tmp_path / place / "m", Options()))
+        list(run(plan, tmp_path / place / "m"))
     arguments = (str(models / "original"), str(tmp_path / "bad" / "m"), str(tmp_path / "good" / "m"), *FAST)
     result = invoke(*arguments, "--gate", "bits_per_weight<6")
     assert isinstance(result.exception, GateError)
@@ -181,8 +181,8 @@ def test_recipes_and_models_are_told_apart(models: Path, monkeypatch: pytest.Mon
 
 def test_a_recipe_keeps_what_the_plan_keeps(models: Path, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("default: {bits: 8}\nrules: [{match: lm_head, keep: true}]\n")
-    reference = model_candidate(str(models / "original"), tmp_path)
-    model = recipe_candidate(load_recipe(tmp_path / "r.yaml"), reference).load()
+    reference = model_candidate(resolve(str(models / "original")), tmp_path)
+    model = recipe_candidate(load_recipe(tmp_path / "r.yaml"), reference, tmp_path).load()
     assert not hasattr(model.lm_head, "scales")
     assert model.lm_head.weight.dtype == mx.bfloat16
     assert model.model.layers[0].mlp.down_proj.bits == 8

@@ -12,10 +12,11 @@ import pytest
 import mlxq.planning.layout
 from mlxq.errors import BadInputError, RecipeError
 from mlxq.methods.formats import Format
-from mlxq.pipeline import Options, prepare, run
+from mlxq.pipeline import prepare, run
 from mlxq.planning.layout import config_text
 from mlxq.planning.plan import By, Plan, Stored
 from mlxq.recipe.load import recipe_from_dict
+from mlxq.sources.resolve import resolve
 from tests.checkpoints import llama
 
 FOUR, EIGHT = Format(4, 64), Format(8, 64)
@@ -30,12 +31,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("decide") / "quantized"
     rules = [{"match": "v_proj", "keep": True}, {"match": "o_proj", "bits": 8}]
-    list(run(planned(model, default={"bits": 4}, rules=rules), out, Options()))
+    list(run(planned(model, default={"bits": 4}, rules=rules), out))
     return out
 
 
 def planned(model: Path, stored: Stored = Stored.AS_IS, **recipe: Any) -> Plan:
-    return prepare(recipe_from_dict(recipe, "test"), str(model), Options(stored))
+    return prepare(recipe_from_dict(recipe, "test"), resolve(str(model)), stored)
 
 
 Q0 = "model.layers.0.self_attn.q_proj"

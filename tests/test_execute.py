@@ -16,17 +16,16 @@ import pytest
 
 from mlxq.errors import BadInputError, MlxqError
 from mlxq.files import sha256_file
-from mlxq.pipeline import Finished, Options, Resumed, prepare, run
+from mlxq.pipeline import Finished, Resumed, prepare, run
 from mlxq.planning.plan import Plan
 from mlxq.recipe.load import load_recipe
+from mlxq.sources.resolve import resolve
 from mlxq.writing.execute import Written, blocks_of
 from tests.checkpoints import LLAMA, build, llama, save
 
-OPTIONS = Options()
-
 
 def plan_of(model: Path) -> Plan:
-    return prepare(load_recipe("4bit"), str(model), OPTIONS)
+    return prepare(load_recipe("4bit"), resolve(str(model)))
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -35,9 +34,9 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path: Path) -> None:
     plan = plan_of(llama(tmp_path / "model", shards=2))
-    *_, whole = run(plan, tmp_path / "whole", OPTIONS)
+    *_, whole = run(plan, tmp_path / "whole")
     assert isinstance(whole, Finished)
-    events = run(plan, tmp_path / "out", OPTIONS)
+    events = run(plan, tmp_path / "out")
     finished = 0
     for event in events:
         finished += isinstance(event, Written) and event.finished is not None
@@ -45,7 +44,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path: Path) -> None:
             break
     events.close()
     assert not (tmp_path / "out").exists()
-    resumed, *_, last = run(plan, tmp_path / "out", OPTIONS)
+    resumed, *_, last = run(plan, tmp_path / "out")
     assert isinstance(resumed, Resumed)
     assert resumed.step_count >= 5
     assert not resumed.discarded
@@ -83,11 +82,11 @@ def test_kill_9_leaves_a_partial_folder_that_the_same_command_finishes(tmp_path:
 
 def test_work_on_another_plan_is_not_mixed_in(tmp_path: Path) -> None:
     plan = plan_of(llama(tmp_path / "model"))
-    events = run(plan, tmp_path / "out", OPTIONS)
+    events = run(plan, tmp_path / "out")
     next(e for e in events if isinstance(e, Written) and e.finished)
     events.close()
-    other = prepare(load_recipe("8bit"), str(tmp_path / "model"), OPTIONS)
-    resumed, *_ = run(other, tmp_path / "out", OPTIONS)
+    other = prepare(load_recipe("8bit"), resolve(str(tmp_path / "model")))
+    resumed, *_ = run(other, tmp_path / "out")
     assert isinstance(resumed, Resumed)
     assert resumed.discarded
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]["bits"] == 8
@@ -98,13 +97,13 @@ def test_an_existing_output_is_untouched_without_force(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("precious")
     with pytest.raises(BadInputError, match="already exists"):
-        next(run(plan, tmp_path / "out", OPTIONS))
+        next(run(plan, tmp_path / "out"))
     assert (tmp_path / "out" / "mine").read_text() == "precious"
     with pytest.raises(BadInputError, match="not a model folder"):
-        next(run(plan, tmp_path / "out", OPTIONS, force=True))
+        next(run(plan, tmp_path / "out", force=True))
     assert (tmp_path / "out" / "mine").read_text() == "precious"
     (tmp_path / "out" / "config.json").write_text("{}")
-    *_, last = run(plan, tmp_path / "out", OPTIONS, force=True)
+    *_, last = run(plan, tmp_path / "out", force=True)
     assert isinstance(last, Finished)
     assert not (tmp_path / "out" / "mine").exists()
 
@@ -121,7 +120,7 @@ def test_force_never_takes_the_source_with_it(tmp_path: Path) -> None:
         (Path("."), "no name"),
     ]:
         with pytest.raises(BadInputError, match=said):
-            next(run(plan, out, OPTIONS, force=True))
+            next(run(plan, out, force=True))
     assert hashes(model) == before
 
 
@@ -132,18 +131,18 @@ def test_weights_that_are_no_numbers_are_not_quantized_into_some(name: str, tmp_
     weights[broken] = mx.where(
         mx.arange(weights[broken].size).reshape(weights[broken].shape) == 77, mx.nan, weights[broken]
     )
-    plan = prepare(load_recipe(name), str(save(tmp_path / "model", LLAMA, weights)), OPTIONS)
+    plan = prepare(load_recipe(name), resolve(str(save(tmp_path / "model", LLAMA, weights))))
     with pytest.raises(MlxqError, match=f"{broken} holds NaN"):
-        list(run(plan, tmp_path / "out", OPTIONS))
+        list(run(plan, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_two_runs_cannot_write_the_same_folder(tmp_path: Path) -> None:
     plan = plan_of(llama(tmp_path / "model"))
-    first = run(plan, tmp_path / "out", OPTIONS)
+    first = run(plan, tmp_path / "out")
     next(first)
     with pytest.raises(BadInputError, match="right now"):
-        next(run(plan, tmp_path / "out", OPTIONS))
+        next(run(plan, tmp_path / "out"))
     first.close()
 
 
@@ -152,13 +151,13 @@ def test_a_source_cut_short_while_reading_fails_and_is_never_published(tmp_path:
     plan = plan_of(model)
     os.truncate(model / "model.safetensors", 20_000)
     with pytest.raises(MlxqError, match="shorter"):
-        list(run(plan, tmp_path / "out", OPTIONS))
+        list(run(plan, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_every_file_is_hashed_and_sidecars_are_byte_copies(tmp_path: Path) -> None:
     model = llama(tmp_path / "model")
-    *_, last = run(plan_of(model), tmp_path / "out", OPTIONS)
+    *_, last = run(plan_of(model), tmp_path / "out")
     assert isinstance(last, Finished)
     recorded = json.loads((tmp_path / "out" / "mlxq.json").read_text())["files"]
     present = {f.name for f in (tmp_path / "out").iterdir()} - {"mlxq.json"}
@@ -189,21 +188,21 @@ def test_assembling_holds_one_tensor_not_the_model(tmp_path: Path) -> None:
         num_attention_heads=8,
         num_key_value_heads=8,
     )
-    *_, last = run(plan_of(model), tmp_path / "4bit", OPTIONS)
+    *_, last = run(plan_of(model), tmp_path / "4bit")
     assert isinstance(last, Finished)
     peak = (
         "import sys\n"
-        "from mlxq.pipeline import Options, prepare, run\n"
+        "from mlxq.pipeline import prepare, run\n"
         "from mlxq.planning.plan import Stored\n"
         "from mlxq.recipe.load import recipe_from_dict\n"
+        "from mlxq.sources.resolve import resolve\n"
         "def peak():\n"
         "    text = open('/proc/self/status').read()\n"
         "    return int(text.split('VmHWM:')[1].split()[0]) / 1024\n"
-        "options = Options(Stored.DEQUANTIZE)\n"
-        "plan = prepare(recipe_from_dict({}, 'convert'), sys.argv[1], options)\n"
+        "plan = prepare(recipe_from_dict({}, 'convert'), resolve(sys.argv[1]), Stored.DEQUANTIZE)\n"
         "import mlx_lm.utils\n"
         "before = peak()\n"
-        "list(run(plan, __import__('pathlib').Path(sys.argv[2]), options))\n"
+        "list(run(plan, __import__('pathlib').Path(sys.argv[2])))\n"
         "print(peak() - before)\n"
     )
     command = [sys.executable, "-c", peak, str(tmp_path / "4bit"), str(tmp_path / "numbers")]

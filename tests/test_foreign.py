@@ -19,7 +19,7 @@ from mlxq.architecture.opening import open_lazily
 from mlxq.cli import app
 from mlxq.errors import BadInputError
 from mlxq.metrics.evaluation import evaluation_model
-from mlxq.pipeline import Options, prepare
+from mlxq.pipeline import prepare
 from mlxq.planning.plan import Stored
 from mlxq.recipe.load import load_recipe, recipe_from_dict
 from mlxq.show.plan_tables import plan_notes
@@ -74,16 +74,16 @@ def test_awq_is_carried_over_as_mlx_lm_reads_it(tmp_path: Path) -> None:
 
 def test_what_stays_in_a_foreign_format_is_said(tmp_path: Path) -> None:
     model, _ = awq(tmp_path / "model")
-    plan = prepare(load_recipe("8bit"), str(model), Options())
+    plan = prepare(load_recipe("8bit"), resolve(str(model)))
     assert any("14 modules stay as the source has them quantized (14 in 4:64)" in line for line in plan_notes(plan))
-    opened = prepare(load_recipe("8bit"), str(model), Options(Stored.REQUANTIZE))
+    opened = prepare(load_recipe("8bit"), resolve(str(model)), Stored.REQUANTIZE)
     assert not plan_notes(opened)
     assert {str(d.format) for d in opened.decisions} == {"8:64"}
 
 
 def test_requantizing_starts_from_the_values(tmp_path: Path) -> None:
     model, values = awq(tmp_path / "model")
-    quantize(model, tmp_path / "plain", CAST, Options(Stored.DEQUANTIZE))
+    quantize(model, tmp_path / "plain", CAST, Stored.DEQUANTIZE)
     written = tensors(tmp_path / "plain")
     for module, expected in values.items():
         found = np.asarray(written[f"{module}.weight"].astype(mx.float32))
@@ -94,9 +94,9 @@ def test_a_quantized_mlx_model_is_refused_with_a_way_on(tmp_path: Path) -> None:
     model = save(tmp_path / "model", SMALL, build(SMALL)[1])
     quantize(model, tmp_path / "first", load_recipe("8bit"))
     with pytest.raises(BadInputError, match="already quantized for MLX") as caught:
-        prepare(load_recipe("4bit"), str(tmp_path / "first"), Options())
+        prepare(load_recipe("4bit"), resolve(str(tmp_path / "first")))
     assert "--requantize" in str(caught.value.hint)
-    plan = prepare(load_recipe("4bit"), str(tmp_path / "first"), Options(Stored.REQUANTIZE))
+    plan = prepare(load_recipe("4bit"), resolve(str(tmp_path / "first")), Stored.REQUANTIZE)
     assert {str(d.format) for d in plan.decisions} == {"4:64"}
 
 
@@ -226,7 +226,7 @@ def test_convert_carries_over_what_mlx_lm_reads(kind: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("kind", sorted(READABLE.keys() - {"bitnet"}))
 def test_dequantizing_gives_the_values_mlx_lm_uses(kind: str, tmp_path: Path) -> None:
     model = READABLE[kind](tmp_path / "model")
-    quantize(model, tmp_path / "plain", CAST, Options(Stored.DEQUANTIZE))
+    quantize(model, tmp_path / "plain", CAST, Stored.DEQUANTIZE)
     theirs, _ = mlx_lm.load(str(model))
     written = parameters(tmp_path / "plain")
     opened = 0
@@ -304,9 +304,9 @@ def test_microscaled_floats_are_taken_over_as_they_are(
 
 def test_bitnet_cannot_be_quantized_or_opened(tmp_path: Path) -> None:
     model = bitnet(tmp_path / "model")
-    for recipe, options in ((load_recipe("4bit"), Options()), (CAST, Options(Stored.DEQUANTIZE))):
+    for recipe, stored in ((load_recipe("4bit"), Stored.AS_IS), (CAST, Stored.DEQUANTIZE)):
         with pytest.raises(BadInputError, match="bitnet") as caught:
-            prepare(recipe, str(model), options)
+            prepare(recipe, resolve(str(model)), stored)
         assert "mlxq convert" in str(caught.value.hint)
 
 
@@ -329,7 +329,7 @@ def test_scales_for_whole_tensors_are_opened(tmp_path: Path) -> None:
     config = CONFIGS["qwen3_moe"]
     model, config = mlx_lm.utils.quantize_model(build(config)[0], config, 16, 4, mode="nvfp4", global_scale=True)
     folder = save(tmp_path / "model", config, dict(tree_flatten(model.parameters())))
-    quantize(folder, tmp_path / "plain", CAST, Options(Stored.DEQUANTIZE))
+    quantize(folder, tmp_path / "plain", CAST, Stored.DEQUANTIZE)
     plain = parameters(tmp_path / "plain")
     assert sorted(plain) == sorted(build(CONFIGS["qwen3_moe"])[1])
     stack = model.model.layers[0].mlp.switch_mlp.down_proj
@@ -355,7 +355,7 @@ def test_inspect_and_a_dry_run_say_what_is_in_it(kind: str, tmp_path: Path) -> N
     found = inspect_model(resolve(str(model)), context=128)
     assert found.quantization is not None
     assert found.quantization.method == method
-    assert found.parameters == prepare(CAST, str(model), Options()).parameter_count
+    assert found.parameters == prepare(CAST, resolve(str(model))).parameter_count
     shown = CliRunner().invoke(app, ["inspect", str(model)])
     assert shown.exit_code == 0, shown.output
     assert method in shown.stdout
@@ -372,7 +372,7 @@ def test_inspect_and_a_dry_run_say_what_is_in_it(kind: str, tmp_path: Path) -> N
 def test_what_mlx_lm_cannot_read_is_refused(tmp_path: Path, quantization: dict[str, Any]) -> None:
     model = rewritten(tmp_path / "model", quantization, build({**LLAMA, "torch_dtype": "float16"})[1])
     with pytest.raises(BadInputError, match=quantization["quant_method"]) as caught:
-        prepare(load_recipe("4bit"), str(model), Options())
+        prepare(load_recipe("4bit"), resolve(str(model)))
     assert caught.value.hint
 
 
@@ -393,12 +393,12 @@ def test_gptq_is_refused_for_its_group_indices(tmp_path: Path) -> None:
     model = rewritten(tmp_path / "model", said, stored)
     assert inspect_model(resolve(str(model)), context=128).parameters == sum(a.size for a in build(LLAMA)[1].values())
     with pytest.raises(BadInputError, match="g_idx") as caught:
-        prepare(CAST, str(model), Options())
+        prepare(CAST, resolve(str(model)))
     assert "dequantize it" in str(caught.value.hint)
     for indices in [name for name in stored if name.endswith("g_idx")]:
         del stored[indices]
     with pytest.raises(BadInputError, match="gptq"):
-        prepare(CAST, str(rewritten(tmp_path / "without", said, stored)), Options())
+        prepare(CAST, resolve(str(rewritten(tmp_path / "without", said, stored))))
 
 
 def test_fp8_that_the_model_file_reads_as_integers_is_refused(tmp_path: Path) -> None:
@@ -415,7 +415,7 @@ def test_fp8_that_the_model_file_reads_as_integers_is_refused(tmp_path: Path) ->
             stored[f"{name}_scale_inv"] = mx.array(0.01, dtype=mx.bfloat16)
     model = as_fp8(save(tmp_path / "model", config, stored))
     with pytest.raises(BadInputError, match="misreads") as caught:
-        prepare(CAST, str(model), Options())
+        prepare(CAST, resolve(str(model)))
     assert "bfloat16" in str(caught.value.hint)
 
 
@@ -425,7 +425,7 @@ def test_packed_weights_without_scales_are_refused(said: dict[str, Any] | None, 
     config = {**SMALL, "quantization_config": said} if said else SMALL
     model = as_fp8(save(tmp_path / "model", config, stored))
     with pytest.raises(BadInputError, match="F8_E4M3") as caught:
-        prepare(CAST, str(model), Options())
+        prepare(CAST, resolve(str(model)))
     assert "bfloat16" in str(caught.value.hint)
 
 
@@ -447,7 +447,7 @@ def test_helpers_that_mlx_lm_does_not_know_are_refused(said: dict[str, Any], par
     weights["model.layers.0.mlp.up_proj." + part] = mx.ones((1,))
     model = rewritten(tmp_path / "model", said, weights)
     with pytest.raises(BadInputError, match=said["quant_method"]) as caught:
-        prepare(load_recipe("4bit"), str(model), Options())
+        prepare(load_recipe("4bit"), resolve(str(model)))
     assert "bfloat16" in str(caught.value.hint)
     shown = CliRunner().invoke(app, ["inspect", str(model)])
     assert shown.exit_code == 0, shown.output
@@ -467,7 +467,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_tensor(tmp_path: Path, change:
     change(weights)
     model = save(tmp_path / "model", LLAMA, weights)
     with pytest.raises(BadInputError) as caught:
-        prepare(load_recipe("4bit"), str(model), Options())
+        prepare(load_recipe("4bit"), resolve(str(model)))
     assert said in caught.value.message
 
 
@@ -475,9 +475,9 @@ def test_an_unknown_architecture_and_foreign_code_are_refused(tmp_path: Path) ->
     _, weights = build(LLAMA)
     model = save(tmp_path / "unknown", {**LLAMA, "model_type": "never_seen"}, weights)
     with pytest.raises(BadInputError, match="never_seen"):
-        prepare(CAST, str(model), Options())
+        prepare(CAST, resolve(str(model)))
     model = save(tmp_path / "code", {**LLAMA, "model_file": "model.py"}, weights)
     (model / "model.py").write_text("raise SystemExit('ran')")
     with pytest.raises(BadInputError, match=r"model\.py") as caught:
-        prepare(CAST, str(model), Options())
+        prepare(CAST, resolve(str(model)))
     assert "--trust-remote-code" in str(caught.value.hint)

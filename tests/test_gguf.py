@@ -27,6 +27,7 @@ from mlxq.sources.gguf_blocks import REPACKABLE, nearest_format, repack
 from mlxq.sources.gguf_header import _Cursor
 from mlxq.sources.gguf_names import llama3_factors
 from mlxq.sources.gguf_tokenizer import end_token_ids, tokenizer_files
+from mlxq.sources.resolve import resolve
 from mlxq.sources.sample import SAMPLE, open_sample, sample_folder
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCABULARY = 64, 4, 2, 32, 96, 300
@@ -172,10 +173,14 @@ def write_gguf(
     types: dict[str, T] | None = None,
     weights: dict[str, np.ndarray] | None = None,
     edit: Edit | None = None,
-    pre: str = "qwen2",
+    pre: str | None = "qwen2",
+    per_part: int = 0,
 ) -> Path:
-    """Write a two-layer model as llama.cpp's converter would; matrices are F16 unless ``types`` says otherwise."""
-    writer = gguf.GGUFWriter(path, architecture)
+    """Write a two-layer model as llama.cpp's converter would; matrices are F16 unless ``types`` says otherwise.
+
+    ``per_part`` tensors go to a file, where it is not 0: their names say which part they are.
+    """
+    writer = gguf.GGUFWriter(path, architecture, split_max_tensors=per_part)
     weights = hf_weights(architecture) if weights is None else weights
     writer.add_context_length(512)
     writer.add_embedding_length(HIDDEN)
@@ -198,7 +203,8 @@ def write_gguf(
         writer.add_sliding_window(128)
     tokens, token_types, merges = byte_level_vocabulary()
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
+    if pre is not None:
+        writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(token_types)
     writer.add_token_merges(merges)
@@ -451,6 +457,7 @@ def load_tokenizer(source: GGUFSource, folder: Path) -> Any:
     folder.mkdir()
     for name, content in source.sidecars.items():
         assert isinstance(content, bytes)
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
     (folder / "config.json").write_text(json.dumps(dict(source.config)))
     return AutoTokenizer.from_pretrained(folder)
@@ -474,7 +481,7 @@ def test_byte_level_tokenizer_loads_and_keeps_control_tokens_whole(tmp_path: Pat
 
 def test_the_pre_tokenizer_named_in_the_file_decides_how_text_is_cut(tmp_path: Path) -> None:
     pieces = {}
-    for pre in ("llama-bpe", "qwen2", "smollm", "gpt-2", "deepseek-llm", "tekken", "default"):
+    for pre in ("llama-bpe", "qwen2", "smollm", "gpt-2", "deepseek-llm", "tekken"):
         source = open_gguf(write_gguf(tmp_path / f"{pre}.gguf", "llama", pre=pre), pre)
         tokenizer = load_tokenizer(source, tmp_path / pre)
         ids = tokenizer.encode("hello 12 12", add_special_tokens=True)
@@ -483,12 +490,57 @@ def test_the_pre_tokenizer_named_in_the_file_decides_how_text_is_cut(tmp_path: P
     assert pieces["qwen2"] == ["hello", "Ġ", "1", "2", "Ġ", "1", "2"]
     assert pieces["smollm"] == pieces["qwen2"]
     assert pieces["gpt-2"] == ["hello", "Ġ", "12", "Ġ", "12"]
-    assert pieces["deepseek-llm"] == pieces["default"] == pieces["gpt-2"]
+    assert pieces["deepseek-llm"] == pieces["gpt-2"]
     # Llama 3 and Mistral expect a start token even where the file does not say so.
     assert pieces["llama-bpe"] == ["<|im_start|>", *pieces["gpt-2"]]
     assert pieces["tekken"] == ["<|im_start|>", *pieces["qwen2"]]
     with pytest.raises(BadInputError, match="pre-tokenizer 'mystery'"):
         open_gguf(write_gguf(tmp_path / "x.gguf", pre="mystery"), "x")
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize("pre", [None, "default", ""])
+def test_a_file_that_does_not_say_how_text_is_cut_is_not_guessed(
+    tmp_path: Path, architecture: str, pre: str | None
+) -> None:
+    with pytest.raises(BadInputError, match="does not say how its model cuts text") as caught:
+        open_gguf(write_gguf(tmp_path / "m.gguf", architecture, pre=pre), "m")
+    assert "--pre-tokenizer" in (caught.value.hint or "")
+
+
+def test_templates_with_names_lie_where_transformers_finds_them(tmp_path: Path) -> None:
+    def more(writer: gguf.GGUFWriter) -> None:
+        writer.add_array("tokenizer.chat_templates", ["tool_use"])
+        writer.add_string("tokenizer.chat_template.tool_use", "{{ tools }}<|im_end|>")
+
+    source = open_gguf(write_gguf(tmp_path / "m.gguf", edit=more), "m")
+    tokenizer = load_tokenizer(source, tmp_path / "out")
+    assert tokenizer.chat_template == {"default": TEMPLATE, "tool_use": "{{ tools }}<|im_end|>"}
+    # With tools, transformers takes it of its own accord.
+    asked = [{"role": "user", "content": "hello"}]
+    said = tokenizer.apply_chat_template(asked, tools=[{"type": "function"}], tokenize=False)
+    assert said == "[{'type': 'function'}]<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "", ".hidden", "x" * 65, "a\nb"])
+def test_a_template_of_a_name_that_is_no_word_is_refused(tmp_path: Path, name: str) -> None:
+    file = write_gguf(tmp_path / "m.gguf", edit=lambda w: w.add_string(f"tokenizer.chat_template.{name}", "x"))
+    with pytest.raises(BadInputError, match="a name that is no word"):
+        open_gguf(file, "m")
+
+
+def test_tokens_behind_the_embedding_are_refused_and_rows_without_tokens_are_not(tmp_path: Path) -> None:
+    weights = hf_weights("llama")
+    tokens = sum(not token.startswith("[PAD") for token in byte_level_vocabulary()[0])
+    for rows in (VOCABULARY + 20, VOCABULARY, tokens):
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            weights[name] = np.resize(weights[name], (rows, HIDDEN))
+        assert open_gguf(write_gguf(tmp_path / "m.gguf", weights=weights), "m").config["vocab_size"] == rows
+    weights["model.embed_tokens.weight"] = weights["model.embed_tokens.weight"][: tokens - 1]
+    with pytest.raises(
+        BadInputError, match=f"has {tokens} tokens, the last '<think>', and an embedding of {tokens - 1}"
+    ):
+        open_gguf(write_gguf(tmp_path / "m.gguf", weights=weights), "m")
 
 
 def sentencepiece_metadata(architecture: str) -> dict[str, Any]:
@@ -548,7 +600,6 @@ def test_refusals_name_what_is_wrong(tmp_path: Path) -> None:
     refused(
         "'blk.0.attn_sinks.weight'", edit=lambda w: w.add_tensor("blk.0.attn_sinks.weight", np.zeros(4, np.float32))
     )
-    refused("is one of 3 parts", edit=lambda w: w.add_uint16("split.count", 3))
     refused("rope.dimension_count is 16", edit=lambda w: w.add_rope_dimension_count(16))
     refused("experts in a layout", edit=lambda w: w.add_expert_count(8))
     refused("padding token id 9999", edit=lambda w: w.add_pad_token_id(9999))
@@ -575,8 +626,6 @@ def test_a_header_that_lies_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "m.gguf"
     for content, pattern in (
         (b"not a model at all", "not a GGUF file"),
-        (b"GGUF" + struct.pack("<IQQ", 99, 0, 0), "version 99"),
-        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
         (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 0), "tensors"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "cut short"),
         (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62) + b"k" * 64, "cut short"),
@@ -584,13 +633,38 @@ def test_a_header_that_lies_is_refused(tmp_path: Path) -> None:
         (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"k", 77) + bytes(8), "unknown type 77"),
         (b"GGUF" + struct.pack("<IQQQ2sI", 3, 0, 1, 2, b"\xff\xfe", 4) + bytes(8), "UTF-8"),
         (b"GGUF" + struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"w", 1 << 30) + bytes(8), "dimensions"),
-        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"w", 1, 64, 999, 0), "type 999"),
+        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"w", 1, 64, 1 << 20, 0), "not so many"),
         (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"w", 1, 33, 2, 0), "no multiple of Q4_0's 32"),
         (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"w", 1, 1 << 61, 0, 0), "cut short"),
     ):
         file.write_bytes(content)
         with pytest.raises(BadInputError, match=pattern):
             open_gguf(file, "m")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"tjgg" + struct.pack("<I", 3), "is GGJT, a format before GGUF"),
+        (b"lmgg" + bytes(64), "is GGML, a format before GGUF"),
+        (b"GGUF" + struct.pack("<III", 1, 0, 0), "GGUF of version 1,"),
+        (b"GGUF" + struct.pack("<IQQ", 4, 0, 0), "GGUF of version 4, and 2 and 3 are known"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "it is big-endian"),
+        (
+            b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"w", 1, 64, 31, 0),
+            "'w' is Q4_0_4_4, a type that llama.cpp",
+        ),
+        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"w", 1, 64, 4, 0), "'w' is Q4_2, a type that llama.cpp"),
+        (b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"w", 1, 64, 137, 0), "type 137, which the gguf package"),
+    ],
+)
+def test_what_is_whole_and_not_read_here_says_what_it_is(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(BadInputError) as caught:
+        open_gguf(tmp_path / "m.gguf", "m")
+    assert said in caught.value.message
+    assert "complete" not in caught.value.message
+    assert "again" not in (caught.value.hint or "again")
 
 
 def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
@@ -805,14 +879,14 @@ def test_a_file_without_16_bit_tensors_is_written_in_bfloat16(sample: GGUFSource
 def test_kept_quantization_holds_the_files_own_values(tmp_path: Path) -> None:
     import mlx.core as mx
 
-    from mlxq.pipeline import Finished, Options, prepare, run
+    from mlxq.pipeline import Finished, prepare, run
     from mlxq.planning.plan import Stored
     from mlxq.recipe.load import recipe_from_dict
 
     file = write_gguf(tmp_path / "m.gguf", "llama", types={"model.layers.0.mlp.down_proj.weight": T.Q4_1})
-    options = Options(Stored.CARRY_OVER)
-    plan = prepare(recipe_from_dict({}, "mlx"), str(file), options)
-    *_, last = run(plan, tmp_path / "out", options)
+    options = Stored.CARRY_OVER
+    plan = prepare(recipe_from_dict({}, "mlx"), resolve(str(file)), options)
+    *_, last = run(plan, tmp_path / "out")
     assert isinstance(last, Finished)
     held = mx.load(str(tmp_path / "out" / "model.safetensors"))
     part = {p: held[f"model.layers.0.mlp.down_proj.{p}"] for p in ("weight", "scales", "biases")}

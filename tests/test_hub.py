@@ -20,11 +20,11 @@ import pytest
 from mlxq.errors import MlxqError
 from mlxq.files import sha256_file
 from mlxq.headers import encode_header
-from mlxq.pipeline import Finished, Options, prepare, run
+from mlxq.pipeline import Finished, prepare, run
 from mlxq.planning.plan import Stored
 from mlxq.recipe.load import load_recipe
-from mlxq.retry import Waiting
-from mlxq.sources.download import Downloading
+from mlxq.retry import TRIES, Waiting, told
+from mlxq.sources.download import Downloading, fetch
 from mlxq.sources.resolve import resolve
 from mlxq.tensors import TensorSpec
 from mlxq.writing.disk_space import disk_use
@@ -125,7 +125,8 @@ def mixture(folder: Path, shards: int) -> Path:
 
 def hashes(folder: Path) -> dict[str, str]:
     """Of all that the model is; report and card name where it came from."""
-    return {f.name: sha256_file(f) for f in folder.iterdir() if f.name not in ("mlxq.json", "README.md")}
+    files = [f for f in folder.rglob("*") if f.is_file() and f.name not in ("mlxq.json", "README.md")]
+    return {f.relative_to(folder).as_posix(): sha256_file(f) for f in files}
 
 
 def written(events: Iterator[Any]) -> Path:
@@ -135,7 +136,7 @@ def written(events: Iterator[Any]) -> Path:
 
 
 def from_folder(source: Path, out: Path, recipe: str = "4bit") -> dict[str, str]:
-    return hashes(written(run(prepare(load_recipe(recipe), str(source), Options()), out, Options())))
+    return hashes(written(run(prepare(load_recipe(recipe), resolve(str(source))), out)))
 
 
 def fetched_weights(hub: Hub) -> list[str]:
@@ -236,6 +237,8 @@ def test_a_gguf_file_is_known_by_its_header(hub: Hub, mlxq: Command, tmp_path: P
 def test_only_what_is_needed_is_fetched(hub: Hub, mlxq: Command, tmp_path: Path) -> None:
     folder = llama(tmp_path / "model", shards=2)
     (folder / "LICENSE").write_text("Do as you like.")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
     (folder / "README.md").write_text("---\nlicense: mit\nlanguage: [de]\n---\n# Tiny\n")
     hub.add_model("org/a", folder)
     extra = {
@@ -244,6 +247,7 @@ def test_only_what_is_needed_is_fetched(hub: Hub, mlxq: Command, tmp_path: Path)
         "consolidated.safetensors": b"again",
         "original/consolidated.00.pth": b"again",
         "original/params.json": b"{}",
+        "original/additional_chat_templates/other.jinja": b"{{ other }}",
         "onnx/model.onnx": b"again",
         "model.fp16.safetensors": b"not listed",
         "picture.png": b"picture",
@@ -256,6 +260,7 @@ def test_only_what_is_needed_is_fetched(hub: Hub, mlxq: Command, tmp_path: Path)
     assert not asked & extra.keys()
     assert len(fetched_weights(hub)) == 2
     assert hashes(tmp_path / "out") == from_folder(folder, tmp_path / "same")
+    assert (tmp_path / "out" / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
     report = json.loads((tmp_path / "out" / "mlxq.json").read_text())
     assert report["source"]["revision"] == commit
     assert report["source"]["base_model"] == "org/a"
@@ -308,11 +313,11 @@ def test_low_disk_holds_no_more_than_it_said(hub: Hub, tmp_path: Path, make: Cal
     folder = make(tmp_path / "model", shards=shards)
     repo = f"org/low-{make.__name__}"
     commit = hub.add_model(repo, folder)
-    plan = prepare(load_recipe("4bit"), repo, Options())
+    plan = prepare(load_recipe("4bit"), resolve(repo))
     use = disk_use(plan, tmp_path / "out", low_disk=True)
     place = tmp_path / "out.partial" / "source"
     most = 0
-    events = run(plan, tmp_path / "out", Options(), low_disk=True)
+    events = run(plan, tmp_path / "out", low_disk=True)
     for event in events:
         most = max(most, held_bytes(place))
         if isinstance(event, Finished):
@@ -340,7 +345,7 @@ def held_bytes(place: Path) -> int:
 
 def test_experts_are_assembled_once_all_their_shards_are_here(hub: Hub, tmp_path: Path) -> None:
     hub.add_model("org/experts", mixture(tmp_path / "model", shards=4))
-    plan = prepare(load_recipe("4bit"), "org/experts", Options())
+    plan = prepare(load_recipe("4bit"), resolve("org/experts"))
     planned = steps_by_shard(plan)
     here: set[str] = set()
     for stage in planned:
@@ -370,10 +375,10 @@ def test_what_is_stored_quantized_is_read_with_its_scales(hub: Hub, tmp_path: Pa
     config = json.loads((quantized / "config.json").read_text())
     folder = save(tmp_path / "shards", config, weights, shards=4)
     hub.add_model("org/quantized", folder)
-    options = Options(Stored.REQUANTIZE)
+    options = Stored.REQUANTIZE
     for name, model in (("here", str(folder)), ("there", "org/quantized")):
-        plan = prepare(load_recipe("8bit"), model, options)
-        written(run(plan, tmp_path / name, options, low_disk=True))
+        plan = prepare(load_recipe("8bit"), resolve(model), options)
+        written(run(plan, tmp_path / name, low_disk=True))
     assert hashes(tmp_path / "here") == hashes(tmp_path / "there")
 
 
@@ -533,8 +538,22 @@ def test_a_limit_of_a_day_is_not_waited_for(hub: Hub, mlxq: Command, tmp_path: P
     hub.fail("GET", "/api/models/org/a", times=100, status=429, headers={"Retry-After": "86400"})
     done = mlxq("inspect", "org/a")
     assert done.returncode == 1
-    assert "limits how often" in done.stderr
+    assert "limits how often it may be asked, and asks to wait 86,400 s" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_limit_that_only_a_ratelimit_field_names_is_waited_for_and_told(hub: Hub, tmp_path: Path) -> None:
+    hub.add_model("org/a", llama(tmp_path / "model"))
+    # More often than anything else is tried, where the Hub lists files and where it sends them.
+    for path, times in (("/api/models/org/a", TRIES), ("/blobs/", 1)):
+        hub.fail("GET", path, times=times, status=429, headers={"RateLimit": '"api";r=0;t=1'})
+    waits: list[Waiting | Downloading] = []
+    began = time.monotonic()
+    source = resolve("org/a", on_event=waits.append)
+    told(fetch(source), waits.append)
+    limits = [event for event in waits if isinstance(event, Waiting)]
+    assert limits == [Waiting(1, "the Hub limits how often it may be asked")] * (TRIES + 1)
+    assert time.monotonic() - began >= TRIES
 
 
 def test_trouble_of_the_hub_is_waited_for(hub: Hub, tmp_path: Path) -> None:
@@ -561,9 +580,9 @@ def test_nothing_listens_there(mlxq: Command) -> None:
 def test_a_dropped_download_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> None:
     folder = llama(tmp_path / "model", hidden_size=1024, intermediate_size=2048)
     hub.add_model("org/dropped", folder)
-    plan = prepare(load_recipe("4bit"), "org/dropped", Options())
+    plan = prepare(load_recipe("4bit"), resolve("org/dropped"))
     hub.fail("GET", "/blobs/", drop_after=30_000_000)
-    out = written(run(plan, tmp_path / "out", Options()))
+    out = written(run(plan, tmp_path / "out"))
     assert hashes(out) == from_folder(folder, tmp_path / "same")
     # The client keeps what came in pieces of 10 MiB.
     last = hub.requests("GET", "/blobs/")[-1]
@@ -575,25 +594,25 @@ def test_a_dropped_download_goes_on_where_it_was(hub: Hub, tmp_path: Path) -> No
 def test_an_interrupted_download_keeps_what_is_complete(hub: Hub, tmp_path: Path) -> None:
     folder = llama(tmp_path / "model", shards=4, hidden_size=256)
     hub.add_model("org/interrupted", folder)
-    plan = prepare(load_recipe("4bit"), "org/interrupted", Options())
+    plan = prepare(load_recipe("4bit"), resolve("org/interrupted"))
     slow = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]["lm_head.weight"]
     sha256 = sha256_file(folder / slow)
     hub.fail("GET", f"/blobs/{sha256}", bytes_per_second=200_000)
-    events = run(plan, tmp_path / "out", Options())
+    events = run(plan, tmp_path / "out")
     while len(fetched_weights(hub)) < 3:
         assert isinstance(next(events), Downloading)
     time.sleep(0.3)
     events.close()  # type: ignore[attr-defined]
     assert not (tmp_path / "out.partial").exists()
     hub.log.clear()
-    assert hashes(written(run(plan, tmp_path / "out", Options()))) == from_folder(folder, tmp_path / "same")
+    assert hashes(written(run(plan, tmp_path / "out"))) == from_folder(folder, tmp_path / "same")
     assert [path.partition("?")[0] for path in fetched_weights(hub)] == [f"/blobs/{sha256}"]
 
 
 def downloaded(repo: str, out: Path, *, low_disk: bool) -> str | None:
     """Quantize a model of the Hub; the message of the error that ended it, or None."""
     try:
-        written(run(prepare(load_recipe("4bit"), repo, Options()), out, Options(), low_disk=low_disk))
+        written(run(prepare(load_recipe("4bit"), resolve(repo)), out, low_disk=low_disk))
     except MlxqError as error:
         return error.message
     return None

@@ -15,16 +15,15 @@ from mlx.utils import tree_flatten
 
 from mlxq.errors import MlxqError
 from mlxq.headers import encode_header
-from mlxq.pipeline import Finished, Options, Resumed, prepare, run
+from mlxq.pipeline import Finished, Resumed, prepare, run
 from mlxq.planning.plan import Plan
 from mlxq.recipe.load import load_recipe
+from mlxq.sources.resolve import resolve
 from mlxq.tensors import TensorSpec
 from mlxq.writing.execute import Written
 from tests.checkpoints import LLAMA, save
 from tests.terminal import CTRL_C, at_a_terminal
 from tests.test_execute import hashes
-
-OPTIONS = Options()
 
 
 def small_disk(folder: Path, nbytes: int) -> Iterator[Path]:
@@ -69,7 +68,7 @@ def empty_model(folder: Path, layers: int) -> Path:
 
 
 def plan_of(model: Path) -> Plan:
-    return prepare(load_recipe("8bit"), str(model), OPTIONS)
+    return prepare(load_recipe("8bit"), resolve(str(model)))
 
 
 def fill(disk: Path, leave: int) -> Path:
@@ -84,7 +83,7 @@ def fill(disk: Path, leave: int) -> Path:
 
 
 def finish(plan: Plan, out: Path) -> tuple[Resumed | None, Finished]:
-    first, *_, last = run(plan, out, OPTIONS)
+    first, *_, last = run(plan, out)
     assert isinstance(last, Finished)
     return first if isinstance(first, Resumed) else None, last
 
@@ -93,7 +92,7 @@ def test_a_disk_too_small_is_said_before_any_work(tmp_path: Path, disk: Path) ->
     plan = plan_of(empty_model(tmp_path / "model", layers=2))
     filler = fill(disk, plan.file_bytes // 2)
     with pytest.raises(MlxqError, match=r"needs [\d,]+ bytes") as caught:
-        next(run(plan, disk / "out", OPTIONS))
+        next(run(plan, disk / "out"))
     assert str(disk / "out.partial") in caught.value.message
     filler.unlink()
     finish(plan, disk / "out")
@@ -106,7 +105,7 @@ def test_a_disk_that_fills_while_tensors_are_written(
     finish(plan, tmp_path / "whole")
     # As on macOS, and on file systems that cannot reserve space.
     monkeypatch.delattr(os, "posix_fallocate")
-    events = run(plan, disk / "out", OPTIONS)
+    events = run(plan, disk / "out")
     next(event for event in events if isinstance(event, Written))
     filler = fill(disk, 0)
     with pytest.raises(MlxqError, match="the disk is full") as caught:
@@ -122,7 +121,7 @@ def test_a_disk_that_fills_while_tensors_are_written(
 def test_a_disk_that_fills_before_the_small_files(tmp_path: Path, disk: Path) -> None:
     plan = plan_of(empty_model(tmp_path / "model", layers=2))
     finish(plan, tmp_path / "whole")
-    events = run(plan, disk / "out", OPTIONS)
+    events = run(plan, disk / "out")
     next(event for event in events if isinstance(event, Written) and event.written_bytes == event.total_bytes)
     filler = fill(disk, 0)
     with pytest.raises(MlxqError, match="the disk is full") as caught:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ import mlxq.methods.method
 import mlxq.planning.layout
 from mlxq.errors import RecipeError
 from mlxq.methods.formats import Format
-from mlxq.pipeline import Options, prepare
+from mlxq.pipeline import prepare
 from mlxq.planning.plan import By, Decision, Plan, Stored
 from mlxq.recipe.load import load_recipe, recipe_from_dict
+from mlxq.sources.resolve import resolve
 from mlxq.writing.report import plan_facts
 from tests.checkpoints import build, llama, save
 from tests.test_bit_identity import SMALL, assert_same_bits, checkpoint, quantize, tensors
@@ -27,7 +29,7 @@ GATE = "model.layers.0.mlp.gate"
 
 def plan_of(model: Path, rules: list[dict[str, Any]], **options: Any) -> Plan:
     recipe = recipe_from_dict({"default": {"bits": 4}, "rules": rules, **options}, "test")
-    return prepare(recipe, str(model), Options())
+    return prepare(recipe, resolve(str(model)))
 
 
 def decision(plan: Plan, path: str) -> Decision:
@@ -39,7 +41,7 @@ def test_many_shards_hold_what_one_file_holds(name: str, tmp_path: Path, monkeyp
     model = checkpoint(tmp_path / "model", name)
     quantize(model, tmp_path / "one", load_recipe("4bit"))
     monkeypatch.setattr(mlxq.planning.layout, "SHARD_BYTES", 30_000)
-    plan = prepare(load_recipe("4bit"), str(model), Options())
+    plan = prepare(load_recipe("4bit"), resolve(str(model)))
     quantize(model, tmp_path / "many", load_recipe("4bit"))
     files = sorted((tmp_path / "many").glob("model*.safetensors"))
     assert len(files) > 3
@@ -149,7 +151,7 @@ def test_a_calibration_that_cannot_be_used_is_said_beside_the_recipe(keys: dict[
     """Blocks of Hunyuan hand on keys and values beside their output, so calibration cannot follow them."""
     model = save(tmp_path / "model", HUNYUAN, build(HUNYUAN)[1])
     recipe = recipe_from_dict({**keys, "calibration": {"tokens": 2048}}, "test")
-    plan = prepare(recipe, str(model), Options())
+    plan = prepare(recipe, resolve(str(model)))
     assert plan.recipe == recipe
     assert not plan.calibration.has_text
     assert plan.uncalibrated is not None
@@ -202,20 +204,20 @@ def test_who_decided_is_a_rule_by_its_place_or_one_of_few(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("stored", Stored)
-def test_options_are_read_back_from_a_report(stored: Stored) -> None:
-    options = Options(stored, trust_remote_code=stored is Stored.AS_IS)
-    assert set(options.as_dict()) == {"requantize", "dequantize", "keep_quantization", "trust_remote_code"}
-    assert Options.from_dict(options.as_dict()) == options
-    assert sum(options.as_dict().values()) == 1
+def test_options_are_read_back_from_a_report(stored: Stored, tmp_path: Path) -> None:
+    plan = replace(plan_of(checkpoint(tmp_path / "model", "qwen3_moe"), []), stored=stored)
+    assert set(plan.options) == {"requantize", "dequantize", "keep_quantization", "trust_remote_code"}
+    assert Stored.recorded(plan.options) is stored
+    assert sum(plan.options.values()) == (stored is not Stored.AS_IS)
 
 
 @pytest.mark.parametrize("recipe", ["4bit", "moe", "mxfp4"])
 def test_every_decision_counts_the_bytes_it_writes(recipe: str, tmp_path: Path) -> None:
-    plan = prepare(load_recipe(recipe), str(checkpoint(tmp_path / "model", "qwen3_moe")), Options())
+    plan = prepare(load_recipe(recipe), resolve(str(checkpoint(tmp_path / "model", "qwen3_moe"))))
     for each in plan.decisions:
         outputs = [spec for step in plan.steps if step.path == f"{each.path}.weight" for spec in step.outputs]
         assert each.nbytes == sum(spec.nbytes for spec in outputs)
     quantize(tmp_path / "model", tmp_path / "out", load_recipe(recipe))
-    again = prepare(recipe_from_dict({}, "mlx"), str(tmp_path / "out"), Options())
+    again = prepare(recipe_from_dict({}, "mlx"), resolve(str(tmp_path / "out")))
     assert {d.path: d.nbytes for d in again.decisions} == {d.path: d.nbytes for d in plan.decisions}
     assert {d.by for d in again.decisions if d.format} == {By.SOURCE}

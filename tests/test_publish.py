@@ -21,6 +21,7 @@ from mlxq.publish.publish import Published, publish
 from mlxq.recipe.load import load_recipe, recipe_from_dict
 from mlxq.recipe.target import Target
 from mlxq.retry import Waiting
+from mlxq.sources.resolve import resolve
 from tests.checkpoints import llama
 from tests.hub_server import READ_TOKEN, TOKEN, USER, Hub
 
@@ -39,13 +40,15 @@ datasets: [somebody/set]
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A quantized model, compared with its original."""
-    from mlxq.pipeline import Finished, Options, prepare, run
+    from mlxq.pipeline import Finished, prepare, run
 
     folder = tmp_path_factory.mktemp("made")
     source = llama(folder / "original")
     (source / "README.md").write_text(SOURCE_CARD)
-    plan = prepare(load_recipe("mixed_4_6"), str(source), Options())
-    *_, last = run(plan, folder / "tiny-4bit", Options())
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    plan = prepare(load_recipe("mixed_4_6"), resolve(str(source)))
+    *_, last = run(plan, folder / "tiny-4bit")
     assert isinstance(last, Finished)
     record_comparison(last.out)
     return last.out
@@ -84,7 +87,7 @@ def send(folder: Path, repo: str = "org/tiny", *, force: bool = False, **how: An
 
 
 def local(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
+    return {f.relative_to(folder).as_posix(): f.read_bytes() for f in folder.rglob("*") if f.is_file()}
 
 
 def remote(hub: Hub, repo: str = "org/tiny", revision: str = "main") -> dict[str, bytes]:
@@ -114,6 +117,7 @@ def test_what_is_published_is_what_is_here_and_loads(hub: Hub, model: Path, tmp_
     }
     fetched = Path(snapshot_download("org/tiny", cache_dir=tmp_path / "cache"))
     check_folder(fetched)
+    assert (fetched / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
     assert load(str(fetched))[0] is not None
     assert not [request for request in hub.log if request.storage and request.authorized]
 

@@ -29,9 +29,10 @@ from mlxq.errors import BadInputError
 from mlxq.machine.devices import find_device
 from mlxq.machine.memory import weight_room
 from mlxq.methods.formats import Format
-from mlxq.pipeline import Options, prepare
+from mlxq.pipeline import prepare
 from mlxq.planning.plan import Plan
 from mlxq.recipe.load import budget_recipe, recipe_from_dict
+from mlxq.sources.resolve import resolve
 from tests.checkpoints import build, llama, save
 from tests.test_bit_identity import CONFIGS
 
@@ -45,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def draft_of(model: Path, budget: dict[str, Any], *sets: str) -> Plan:
-    return prepare(budget_recipe(budget, [FEW, "options=[3, 6]", *sets]), str(model), Options())
+    return prepare(budget_recipe(budget, [FEW, "options=[3, 6]", *sets]), resolve(str(model)))
 
 
 class Seen:
@@ -150,8 +151,7 @@ def test_checks_say_what_was_measured_of_what(whole: Whole) -> None:
     three = next(check for check in spending.checks if check.name == "uniform 3:64")
     uniform = prepare(
         recipe_from_dict({"default": {"bits": 3, "group_size": 64}}, "test"),
-        str(draft.source.weights_folder),
-        Options(),
+        resolve(str(draft.source.weights_folder)),
     )
     assert three.weight_bytes == uniform.weight_bytes
     assert not any(check.name == "all at three" for check in spending.checks), "it is the uniform one"
@@ -224,7 +224,7 @@ def test_a_size_leaves_room_for_the_headers_of_what_is_written(model: Path) -> N
     draft = draft_of(model, {"size": "600KB"})
     assert draft.recipe.budget is not None
     reserved = 600_000 - budget_bytes(draft, draft.recipe.budget)
-    quantized = prepare(recipe_from_dict({"default": {"bits": 4}}, "test"), str(model), Options())
+    quantized = prepare(recipe_from_dict({"default": {"bits": 4}}, "test"), resolve(str(model)))
     header = quantized.file_bytes - quantized.weight_bytes
     assert draft.file_bytes - draft.weight_bytes < header <= reserved
     assert reserved < header + 400 * len(quantized.decisions)
@@ -236,7 +236,7 @@ def test_a_size_leaves_room_for_the_headers_of_what_is_written(model: Path) -> N
 
 def test_a_device_leaves_what_its_memory_does_beside_cache_and_work(model: Path) -> None:
     recipe = recipe_from_dict({"budget": {"fits": {"device": "iphone-8gb", "context": 1000}}}, "test")
-    draft, budget = prepare(recipe, str(model), Options()), recipe.budget
+    draft, budget = prepare(recipe, resolve(str(model))), recipe.budget
     assert budget is not None
     assert budget.context == 1000
     config = draft.source.config

@@ -14,20 +14,19 @@ import pytest
 from mlxq.arrays import all_finite, to_mlx
 from mlxq.errors import MlxqError
 from mlxq.files import sha256_file
-from mlxq.pipeline import Finished, Options, Resumed, prepare, run
+from mlxq.pipeline import Finished, Resumed, prepare, run
 from mlxq.planning.plan import Plan
 from mlxq.recipe.load import load_recipe
+from mlxq.sources.resolve import resolve
 from mlxq.writing import trailing
 from mlxq.writing.execute import Written
 from mlxq.writing.folder import PartialFolder
 from tests.checkpoints import llama
 
-OPTIONS = Options()
-
 
 @pytest.fixture
 def plan(tmp_path: Path) -> Plan:
-    return prepare(load_recipe("4bit"), str(llama(tmp_path / "model")), OPTIONS)
+    return prepare(load_recipe("4bit"), resolve(str(llama(tmp_path / "model"))))
 
 
 def test_the_hash_is_of_what_the_file_holds_and_not_of_what_was_to_be_written(plan: Plan, tmp_path: Path) -> None:
@@ -49,14 +48,14 @@ def test_what_is_read_back_and_synced_in_pieces_is_hashed_whole(
 ) -> None:
     monkeypatch.setattr(trailing, "READ_BYTES", 1000)
     monkeypatch.setattr(trailing, "SYNC_BYTES", 3000)
-    events = run(plan, tmp_path / "out", OPTIONS)
+    events = run(plan, tmp_path / "out")
     finished = 0
     for event in events:
         finished += isinstance(event, Written) and event.finished is not None
         if finished == 5:
             break
     events.close()
-    resumed, *_, last = run(plan, tmp_path / "out", OPTIONS)
+    resumed, *_, last = run(plan, tmp_path / "out")
     assert isinstance(resumed, Resumed)
     assert isinstance(last, Finished)
     for name, facts in last.report["files"].items():
@@ -72,10 +71,10 @@ def test_where_the_disk_loses_bytes_nothing_of_the_journal_is_relied_on(
     with monkeypatch.context() as broken:
         broken.setattr(os, "fsync", lost)
         with pytest.raises(MlxqError, match="did not take what was written") as caught:
-            list(run(plan, tmp_path / "out", OPTIONS))
+            list(run(plan, tmp_path / "out"))
     assert "starts afresh" in str(caught.value.hint)
     assert not (tmp_path / "out").exists()
-    assert not any(isinstance(event, Resumed) for event in run(plan, tmp_path / "out", OPTIONS))
+    assert not any(isinstance(event, Resumed) for event in run(plan, tmp_path / "out"))
     report = json.loads((tmp_path / "out" / "mlxq.json").read_text())
     assert all(facts["sha256"] == sha256_file(tmp_path / "out" / name) for name, facts in report["files"].items())
 

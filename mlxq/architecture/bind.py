@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxq.architecture.config import declared_dtype
 from mlxq.architecture.left_out import LeftOut, left_out
-from mlxq.architecture.opening import open_lazily, openable_folder
+from mlxq.architecture.opening import opened_source
 from mlxq.architecture.origins import check_float8
 from mlxq.architecture.roles import tied_head
 from mlxq.errors import BadInputError
@@ -77,8 +77,7 @@ def bind(source: ModelSource) -> Architecture:
     or where names or shapes do not fit the model.
     """
     checkpoint: dict[str, mx.array] = {}
-    with openable_folder(source) as folder:
-        model, config = open_lazily(folder, source.name, checkpoint, trust_remote_code=source.trusted)
+    with opened_source(source, checkpoint) as (model, config):
         names = {id(array): name for name, array in checkpoint.items()}
         check_float8(source, model, names)
         parameters = _parameters(model, names)

@@ -21,12 +21,25 @@ if TYPE_CHECKING:
     import mlx.nn as nn
 
 
+@contextmanager
+def opened_source(
+    source: ModelSource, checkpoint: dict[str, mx.array] | None = None
+) -> Iterator[tuple[nn.Module, dict[str, Any]]]:
+    """``open_lazily`` on a source, which says itself whether its own code may run.
+
+    What the model's arrays are read from stays in place inside the context.
+    """
+    with openable_folder(source) as folder:
+        yield open_lazily(folder, source.name, checkpoint, trusted=source.trusted)
+
+
 def open_lazily(
-    folder: Path, name: str, checkpoint: dict[str, mx.array] | None = None, *, trust_remote_code: bool = False
+    folder: Path, name: str, checkpoint: dict[str, mx.array] | None = None, *, trusted: bool = False
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Open a folder with ``mlx_lm``, every parameter unevaluated, and its config.
 
-    ``checkpoint``, where given, is filled with the arrays as the files name them, before ``sanitize``.
+    ``checkpoint``, where given, is filled with the arrays as the files name them, before ``sanitize``. A model file
+    of the folder's own runs only where it is ``trusted``.
     """
     find_classes = upstream.default_classes()
 
@@ -48,7 +61,7 @@ def open_lazily(
             folder,
             classes=observed_classes,
             overrides=_disbelieved(folder),
-            trust_remote_code=trust_remote_code,
+            trusted=trusted,
         )
     except MlxqError:
         raise

@@ -9,7 +9,7 @@ import io
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from mlxq.architecture.opening import open_lazily, openable_folder
+from mlxq.architecture.opening import opened_source
 from mlxq.errors import BadInputError
 from mlxq.recipe.match import layer_index
 from mlxq.sources.base import ModelSource
@@ -28,11 +28,10 @@ def origins(source: ModelSource) -> dict[str, frozenset[str]]:
     from mlx.utils import tree_flatten
 
     checkpoint: dict[str, mx.array] = {}
-    with openable_folder(source) as folder:
-        model, _ = open_lazily(folder, source.name, checkpoint, trust_remote_code=source.trusted)
+    with opened_source(source, checkpoint) as (model, _):
+        parameters = tree_flatten(model.parameters())
     names = list(checkpoint)
     number = {id(array): f"in_{i}" for i, array in enumerate(checkpoint.values())}
-    parameters = tree_flatten(model.parameters())
     labels = {path: number.get(id(array), f"out_{i}") for i, (path, array) in enumerate(parameters)}
     graph = io.StringIO()
     # A tensor taken over as it is keeps its name as an input.

@@ -1,18 +1,23 @@
-"""What a model's tokenizer files say, and how they encode a text; needs neither MLX nor numpy."""
+"""A model's tokenizer: what its files say, how it encodes a text, and the one way in which it is opened."""
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxq import upstream
 from mlxq.architecture.config import first_int
 from mlxq.errors import BadInputError
 
 if TYPE_CHECKING:
     from mlxq.sources.base import ModelSource
+
+# Files that a tokenizer is made of; a folder without any has none.
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "spiece.model", "sentencepiece*")
 
 
 @dataclass(frozen=True)
@@ -95,16 +100,42 @@ def encode_text(source: ModelSource, text: str) -> Encoding:
 
 def _encode_slowly(source: ModelSource, text: str) -> Encoding:
     """As ``encode_text``, for tokenizers that only ``transformers`` can build."""
-    if not {"tokenizer.model", "vocab.json", "tokenizer_config.json"} & source.sidecars.keys():
-        raise BadInputError(f"{source.name} has no tokenizer", "Name a folder that holds its tokenizer files.")
-    if source.weights_folder is None:
-        raise BadInputError(f"{source.name} has no tokenizer.json", "Start from the model's safetensors folder.")
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.weights_folder)
-    except (OSError, ValueError, KeyError, ImportError) as exc:
-        raise BadInputError(f"{source.name}: its tokenizer does not open: {str(exc).splitlines()[0]}") from exc
+    tokenizer = source_tokenizer(source, f"{source.name}'s")
     ids = tokenizer.encode(text)
     decoded = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), clean_up_tokenization_spaces=False)
     return Encoding(tuple(ids), tuple(tokenizer.convert_ids_to_tokens(ids)), decoded, decoded == text)
+
+
+def source_tokenizer(source: ModelSource, whose: str) -> Any:
+    """The tokenizer of a source, from the files that travel with it and no others; see ``open_tokenizer``."""
+    with tempfile.TemporaryDirectory(prefix="mlxq-tokenizer-") as temporary:
+        folder = Path(temporary)
+        for name, content in source.sidecars.items():
+            file = folder / name
+            file.parent.mkdir(exist_ok=True)
+            file.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        # Some tokenizers are told apart by the model's type.
+        (folder / "config.json").write_text(json.dumps(dict(source.config)), encoding="utf-8")
+        return open_tokenizer(folder, whose, trusted=source.trusted)
+
+
+def open_tokenizer(folder: Path, whose: str, *, trusted: bool = False, eos_token_ids: Any = None) -> Any:
+    """The tokenizer of a folder, with its own code only where ``trusted``; ``whose`` it is begins what is raised.
+
+    The one place where a tokenizer is loaded by ``transformers``, which asks on stdin where trust is not said. Raises
+    BadInputError where there is none or it does not load.
+    """
+    if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
+        raise BadInputError(
+            f"{whose} tokenizer is missing: there are no tokenizer files", "Add the original's tokenizer files."
+        )
+    try:
+        return upstream.load_tokenizer(folder, trusted=trusted, eos_token_ids=eos_token_ids)
+    except Exception as exc:  # Whatever a tokenizer's files make it raise means: does not load.
+        if "trust_remote_code" in str(exc):
+            raise BadInputError(
+                f"{whose} tokenizer wants to run its own code, which was not trusted",
+                "Read that code; if you trust it, add --trust-remote-code.",
+            ) from exc
+        said = " ".join(str(exc).replace(str(folder), "its folder").split())
+        raise BadInputError(f"{whose} tokenizer does not load: {type(exc).__name__}: {said[:300]}") from exc

@@ -137,13 +137,13 @@ class Decoder:
 
 
 def score_by_weights(
-    draft: Plan, formats: Mapping[str, tuple[Format, ...]], *, trust_remote_code: bool
+    draft: Plan, formats: Mapping[str, tuple[Format, ...]]
 ) -> Iterator[tuple[tuple[str, Format], float]]:
     """Relative squared error of each module in each format: what can be said without text."""
     import mlx.core as mx
 
     names = {f"{path}.weight" for path in formats}
-    for name, weight in read_parameters(draft.source, draft.architecture, names, trust_remote_code=trust_remote_code):
+    for name, weight in read_parameters(draft.source, draft.architecture, names):
         path = name.removesuffix(".weight")
         stored = weight.astype(getattr(mx, FLOAT_DTYPES[draft.by_path[path].dtype]))
         power = float((weight * weight).sum()) or 1.0

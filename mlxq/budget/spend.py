@@ -119,7 +119,7 @@ class _Question:
 
 
 def spend(
-    draft: Plan, presets: Mapping[str, Assignment], *, measure_curve: bool = False, trust_remote_code: bool = False
+    draft: Plan, presets: Mapping[str, Assignment], *, measure_curve: bool = False
 ) -> Iterator[Scoring | Spending]:
     """Choose formats for the modules of ``draft`` that its budget decides; the last item is the Spending.
 
@@ -129,10 +129,10 @@ def spend(
     began = time.perf_counter()
     question = _question(draft)
     if draft.calibration.has_text:
-        with streamed_model(draft.source, draft.architecture, trust_remote_code=trust_remote_code) as streamed:
+        with streamed_model(draft.source, draft.architecture) as streamed:
             spending = yield from _spent_on_text(question, streamed, presets, measure_curve=measure_curve)
     else:
-        scored = dict(score_by_weights(draft, question.formats, trust_remote_code=trust_remote_code))
+        scored = dict(score_by_weights(draft, question.formats))
         options = scored_options(draft, question.formats, scored)
         spending = _spending(question, options, allocate(options, question.free_bytes))
     yield replace(spending, seconds=time.perf_counter() - began)

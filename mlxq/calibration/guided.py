@@ -17,9 +17,7 @@ if TYPE_CHECKING:
     from mlxq.planning.plan import Plan
 
 
-def guided_weights(
-    plan: Plan, encoders: Mapping[str, tuple[Method, Format]], *, trust_remote_code: bool = False
-) -> Iterator[tuple[str, mx.array, Guide]]:
+def guided_weights(plan: Plan, encoders: Mapping[str, tuple[Method, Format]]) -> Iterator[tuple[str, mx.array, Guide]]:
     """The fp32 weight of each parameter of ``encoders`` with its guide, in the order of the model's blocks.
 
     A module that the text never reaches comes last, with a guide that says nothing.
@@ -27,7 +25,7 @@ def guided_weights(
     import mlx.core as mx
 
     waiting = dict(encoders)
-    with streamed_model(plan.source, plan.architecture, trust_remote_code=trust_remote_code) as streamed:
+    with streamed_model(plan.source, plan.architecture) as streamed:
         text = calibration_text(plan.calibration, streamed)
         modules = dict(streamed.sequence.model.named_modules())
         # Modules on the same inputs (queries, keys, values) share one guide.

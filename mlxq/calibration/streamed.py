@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlxq.architecture.bind import Architecture
-from mlxq.architecture.opening import open_lazily, openable_folder
+from mlxq.architecture.opening import opened_source
 from mlxq.arrays import to_mlx
 from mlxq.calibration.blocks import BlockSequence, NotSequentialError, find_blocks
 from mlxq.errors import BadInputError
@@ -28,7 +28,6 @@ class StreamedModel:
     sequence: BlockSequence
     source: ModelSource
     architecture: Architecture
-    trust_remote_code: bool
 
     @contextmanager
     def hold(self, path: str) -> Iterator[None]:
@@ -57,8 +56,7 @@ class StreamedModel:
 
     def load(self, names: set[str]) -> None:
         """Bring parameters into memory, in fp32."""
-        read = read_parameters(self.source, self.architecture, names, trust_remote_code=self.trust_remote_code)
-        self._set(list(read))
+        self._set(list(read_parameters(self.source, self.architecture, names)))
 
     def _set(self, arrays: list[tuple[str, mx.array]]) -> None:
         from mlx.utils import tree_unflatten
@@ -66,9 +64,7 @@ class StreamedModel:
         self.sequence.model.update(tree_unflatten(arrays), strict=False)
 
 
-def read_parameters(
-    source: ModelSource, architecture: Architecture, names: set[str], *, trust_remote_code: bool = False
-) -> Iterator[tuple[str, mx.array]]:
+def read_parameters(source: ModelSource, architecture: Architecture, names: set[str]) -> Iterator[tuple[str, mx.array]]:
     """Parameters of the MLX model by path, in fp32, read one at a time.
 
     Those that ``sanitize`` assembles come from a lazy copy of the model of their own, which goes with them.
@@ -85,21 +81,19 @@ def read_parameters(
         elif name in names:
             assembled.add(name)
     if assembled:
-        with openable_folder(source) as folder:
-            model, _ = open_lazily(folder, source.name, trust_remote_code=trust_remote_code)
+        with opened_source(source) as (model, _):
             lazy = {name: array for name, array in tree_flatten(model.parameters()) if name in assembled}
             del model
             for name in list(lazy):
                 yield name, _in_fp32(lazy.pop(name))
 
 
-def not_sequential(source: ModelSource, architecture: Architecture, *, trust_remote_code: bool = False) -> str | None:
+def not_sequential(source: ModelSource) -> str | None:
     """Why calibration cannot follow this model block by block, or None where it can. Computes nothing."""
     import mlx.core as mx
 
     try:
-        with openable_folder(source) as folder:
-            model, _ = open_lazily(folder, source.name, trust_remote_code=trust_remote_code)
+        with opened_source(source) as (model, _):
             sequence = find_blocks(model)
             # Nothing is evaluated: what is checked is who calls whom on what.
             try:
@@ -125,9 +119,7 @@ def _in_fp32(array: mx.array) -> mx.array:
 
 
 @contextmanager
-def streamed_model(
-    source: ModelSource, architecture: Architecture, *, trust_remote_code: bool = False
-) -> Iterator[StreamedModel]:
+def streamed_model(source: ModelSource, architecture: Architecture) -> Iterator[StreamedModel]:
     """Open ``source`` for calibration: its blocks unread, all else in memory.
 
     Raises BadInputError where its weights are stored quantized, NotSequentialError where it has no blocks.
@@ -139,9 +131,8 @@ def streamed_model(
             f"{source.name} is stored quantized, and calibration runs on plain weights",
             "Write it as numbers first: mlxq convert --dequantize; or use method: rtn.",
         )
-    with openable_folder(source) as folder:
-        model, _ = open_lazily(folder, source.name, trust_remote_code=trust_remote_code)
-        streamed = StreamedModel(find_blocks(model), source, architecture, trust_remote_code)
+    with opened_source(source) as (model, _):
+        streamed = StreamedModel(find_blocks(model), source, architecture)
         inside = tuple(f"{path}." for path in streamed.sequence.blocks)
         streamed.load({name for name, _ in tree_flatten(model.parameters()) if not name.startswith(inside)})
         yield streamed

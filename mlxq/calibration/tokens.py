@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxq.architecture.tokenizer import source_tokenizer
 from mlxq.calibration.streamed import StreamedModel
 from mlxq.calibration.text import SELF, TextInfo, TokenizedText, corpus_text, read_texts, sample_from, tokenize
 from mlxq.errors import BadInputError
@@ -40,8 +38,7 @@ def calibration_text(calibration: Calibration, streamed: StreamedModel) -> Calib
 
     Raises BadInputError for a text that is missing or too short.
     """
-    with tokenizer_of(streamed.source) as tokenizer:
-        text = _text(calibration, streamed, tokenizer)
+    text = _text(calibration, streamed, _tokenizer_of(streamed.source))
     ids = text.ids
     held_rows = min(len(ids) // HOLD_OUT_EVERY, HELD_OUT_TOKENS // SEQUENCE_TOKENS)
     held = {i * HOLD_OUT_EVERY + HOLD_OUT_EVERY - 1 for i in range(held_rows)} or {len(ids) - 1}
@@ -73,23 +70,12 @@ def _text(calibration: Calibration, streamed: StreamedModel, tokenizer: Any) -> 
     return tokenize(text, name, tokenizer, sequence_tokens=length, limit=limit)
 
 
-@contextmanager
-def tokenizer_of(source: ModelSource) -> Iterator[Any]:
-    """The source's tokenizer, from its folder or from the files it came with.
-
-    Raises BadInputError where it has none that opens.
-    """
-    from transformers import AutoTokenizer
-
-    with tempfile.TemporaryDirectory(prefix="mlxq-tokenizer-") as temporary:
-        folder = Path(temporary)
-        for name, content in source.sidecars.items():
-            (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
-        try:
-            yield AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError, ImportError) as exc:
-            first_line = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
-            raise BadInputError(
-                f"{source.name}: its tokenizer does not open, and calibration needs it: {first_line}",
-                "Add its tokenizer files, or calibrate from the weights alone: calibration: {text: none}.",
-            ) from exc
+def _tokenizer_of(source: ModelSource) -> Any:
+    """The source's tokenizer. Raises BadInputError where it has none that opens."""
+    try:
+        return source_tokenizer(source, f"{source.name}: its")
+    except BadInputError as exc:
+        raise BadInputError(
+            f"{exc.message}; calibration needs it",
+            exc.hint or "Add its tokenizer files, or calibrate from the weights alone: calibration: {text: none}.",
+        ) from exc

@@ -41,7 +41,7 @@ def command(
 
     Example: mlxq convert model.gguf -o ./model-mlx --keep-quantization
     """
-    from mlxq.cli.fetching import telling
+    from mlxq.cli.fetching import find_model
     from mlxq.cli.writing import show_plan, write_model
     from mlxq.errors import BadInputError
     from mlxq.machine.backend import start_mlx
@@ -52,25 +52,17 @@ def command(
     if dequantize and keep_quantization:
         raise BadInputError("--dequantize and --keep-quantization exclude each other")
     start_mlx()
-    from mlxq.pipeline import Options, default_output, prepare
+    from mlxq.pipeline import default_output, prepare
     from mlxq.planning.plan import Stored
 
     recipe = recipe_from_dict({"dtype": dtype.value} if dtype else {}, "mlx")
     asked = {Stored.DEQUANTIZE: dequantize, Stored.CARRY_OVER: keep_quantization}
     stored = next((each for each, wanted in asked.items() if wanted), Stored.AS_IS)
-    options = Options(stored, trust_remote_code)
     out = output or default_output(recipe, model)
     if not dry_run and out.exists() and not force:
         raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-    with telling() as tell:
-        plan = prepare(recipe, model, options, on_event=tell)
+    plan = prepare(recipe, find_model(model, trusted=trust_remote_code), stored)
     if dry_run:
-        show_plan(
-            plan,
-            out=out,
-            why=None,
-            low_disk=low_disk,
-            trust_remote_code=trust_remote_code,
-        )
+        show_plan(plan, out=out, why=None, low_disk=low_disk)
     else:
-        write_model(plan, out, options, force=force, generate=generate, low_disk=low_disk)
+        write_model(plan, out, force=force, generate=generate, low_disk=low_disk)

@@ -1,104 +1,39 @@
-"""What is said on stderr while a model is found and brought here."""
+"""Finding a model and bringing it here, with what is waited for and fetched shown on stderr."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from mlxq.show.console import console
-from mlxq.show.meters import Meter, progress
+from mlxq.show.watch import watching
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
     from pathlib import Path
 
-    from mlxq.pipeline import Options
     from mlxq.planning.plan import Plan
-    from mlxq.retry import Waiting
-    from mlxq.sources.download import Downloading
-    from mlxq.sources.resolve import Event
-    from mlxq.sources.sample import Fetching
+    from mlxq.sources.base import ModelSource
 
-_T = TypeVar("_T")
+_KEPT = "stopped; files that are complete stay in the cache, and the same command continues with the others"
 
 
-def say_waiting(event: Waiting) -> None:
-    """Say on stderr that something lets one wait."""
-    console.warn(f"{event.reason}; trying again in {event.seconds:.0f} s")
+def find_model(model: str, *, trusted: bool = False, tokenizer: bool = False) -> ModelSource:
+    """Open a model by its headers, telling what is waited for; its own code may run where it is ``trusted``."""
+    from mlxq import api
+
+    with watching() as tell:
+        return api.find_model(model, trusted=trusted, tokenizer=tokenizer, on_event=tell)
 
 
-@contextmanager
-def telling() -> Iterator[Callable[[Event], None]]:
-    """Within the context, what it gives takes the events of ``resolve``, and shows them as notes and progress."""
-    from mlxq.retry import Waiting
-    from mlxq.sources.download import Downloading
-
-    meter: Meter | None = None
-    with ExitStack() as shown:
-
-        def tell(event: Event) -> None:
-            nonlocal meter
-            if isinstance(event, Waiting):
-                say_waiting(event)
-            elif isinstance(event, Downloading):
-                assert meter is not None, "what is fetched is announced"
-                meter.update(event.done_bytes, event.total_bytes, event.file)
-            else:
-                shown.close()
-                console.note(_announced(event))
-                meter = shown.enter_context(progress("Fetching"))
-
-        yield tell
-
-
-def _announced(event: Fetching) -> str:
-    sample = event.sample
-    what = (
-        f"fetching {sample.title} ({sample.licence}), {event.nbytes / 1e6:,.1f} MB, from {event.origin}; "
-        f"it is kept in {event.folder}"
-    )
-    return f"{event.because}; {what}" if event.because else what
-
-
-def bring_here(model: str) -> None:
-    """Fetch a model into the cache, with progress, where it is on the Hub."""
-    from mlxq.sources.download import fetch
-    from mlxq.sources.resolve import resolve
-
-    with telling() as tell:
-        source = resolve(model, on_event=tell)
-    if source.remote is not None:
-        _fetched(fetch(source), model)
-
-
-def fetched(plan: Plan, out: Path, options: Options) -> Plan:
-    """The same plan with its source here, fetched with progress where it is on the Hub."""
+def brought(plan: Plan, out: Path) -> Plan:
+    """The same plan with the files of its source here, fetched with progress where they are on the Hub."""
     from mlxq.pipeline import with_weights
+    from mlxq.retry import told
 
     if plan.source.remote is None:
         return plan
-    return _fetched(with_weights(plan, out, options), plan.source.name)
-
-
-def _fetched(events: Generator[Downloading | Waiting, None, _T], name: str) -> _T:
-    """Run a download to its end, with progress; returns what it returns."""
-    from mlxq.retry import Waiting
-
     try:
-        with progress(f"Fetching {name}") as meter:
-            while True:
-                try:
-                    event = next(events)
-                except StopIteration as stop:
-                    found: _T = stop.value
-                    return found
-                if isinstance(event, Waiting):
-                    say_waiting(event)
-                else:
-                    meter.update(event.done_bytes, event.total_bytes, event.file)
+        with watching() as tell:
+            return told(with_weights(plan, out), tell)
     except KeyboardInterrupt:
-        console.warn(
-            "stopped; files that are complete stay in the cache, and the same command continues with the others"
-        )
+        console.warn(_KEPT)
         raise

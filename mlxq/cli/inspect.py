@@ -38,11 +38,10 @@ def command(
 
     Example: mlxq inspect ./my-model --device mac-m4 --context 8192
     """
-    from mlxq.cli.fetching import telling
+    from mlxq.cli.fetching import find_model
     from mlxq.errors import BadInputError
     from mlxq.recipe.match import check_pattern
     from mlxq.show.console import console
-    from mlxq.sources.resolve import resolve
 
     console.use(quiet=quiet, as_json=as_json)
     check_pattern(why, "--why")
@@ -67,39 +66,27 @@ def command(
                 f"mlxq quantize {recipe} --model {model} --dry-run calibrates and shows the plan.",
             )
         start_mlx()
-        from mlxq.pipeline import Options, default_output, prepare
+        from mlxq.pipeline import default_output, prepare
         from mlxq.planning.plan import Stored
 
-        options = Options(Stored.REQUANTIZE, trust_remote_code)
-        with telling() as tell:
-            plan = prepare(loaded, model, options, on_event=tell)
+        plan = prepare(loaded, find_model(model, trusted=trust_remote_code), Stored.REQUANTIZE)
         show_plan(plan, out=default_output(loaded, model), why=why)
         return
-    from mlxq.architecture.estimate import estimate
-    from mlxq.architecture.inspection import inspect_model
+    from mlxq import api
     from mlxq.architecture.tokenizer import encode_text
-    from mlxq.machine.devices import find_device, this_machine
-    from mlxq.machine.memory import fit
-    from mlxq.recipe.load import shipped_recipes
     from mlxq.show import inspection_tables
 
-    with telling() as tell:
-        source = resolve(model, tokenizer=text is not None, trusted=trust_remote_code, on_event=tell)
-    machine = find_device(device) if device else this_machine()
-    found = inspect_model(source, context)
+    source = find_model(model, trusted=trust_remote_code, tokenizer=text is not None)
+    found = api.inspected(source, context, device)
     encoding = encode_text(source, text) if text is not None else None
-    modules = inspection_tables.chosen_modules(found, match)
-    fits = []
-    for shipped in shipped_recipes():
-        guess = estimate(found, shipped)
-        fits.append((shipped.name, fit(guess.footprint(found.config, context), machine)))
+    modules = inspection_tables.chosen_modules(found.inspection, match)
     if console.as_json:
-        console.json(inspection_tables.inspection_facts(found, modules, machine, fits, encoding))
+        console.json(inspection_tables.inspection_facts(found, modules, encoding))
         return
-    console.show(inspection_tables.inspection_table(found))
+    console.show(inspection_tables.inspection_table(found.inspection))
     console.show(inspection_tables.module_table(modules, folded=not layers))
     if encoding is not None:
         console.show(inspection_tables.encoding_table(encoding))
-    console.show(inspection_tables.fit_heading(machine, context))
-    console.show(inspection_tables.fit_table(fits, machine))
+    console.show(inspection_tables.fit_heading(found.device, context))
+    console.show(inspection_tables.fit_table(found.fits, found.device))
     console.note(f"Sizes are estimates from the headers. To the byte: mlxq quantize RECIPE --model {model} --dry-run")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlxq.cli.options import DryRun, Force, Generate, Json, LowDisk, Output, Quiet, TrustRemoteCode
 
 if TYPE_CHECKING:
+    from mlxq.budget.spend import Spending
+    from mlxq.pipeline import Finished
+    from mlxq.planning.plan import Plan
     from mlxq.recipe.model import Recipe
+    from mlxq.recipe.target import Target
 
 
 def command(
@@ -82,104 +87,151 @@ def command(
 
     Example: mlxq quantize ./my-model --bpw 4.25
     """
-    from mlxq.cli.fetching import fetched, telling
     from mlxq.cli.writing import show_plan, write_model
-    from mlxq.errors import BadInputError, MlxqError
+    from mlxq.recipe.match import check_pattern
     from mlxq.show.console import console
 
     console.use(quiet=quiet, as_json=as_json)
-    from mlxq.recipe.match import check_pattern
-
     _check_together(recipe, locked, sets, bpw, size, frontier, plot)
     if why is not None:
         check_pattern(why, "--why")
-    spending = target = None
+    writes = not (dry_run or frontier or why is not None)
     if locked is not None:
-        from mlxq.machine.backend import start_mlx
-
-        start_mlx()
-        from mlxq.pipeline import differing_files, prepare_locked
-        from mlxq.writing.report import read_report
-
-        recorded = read_report(locked)
-        with telling() as tell:
-            plan, options = prepare_locked(recorded, model, on_event=tell)
-        out = output or Path(f"{locked.resolve().parent.name}-rebuilt")
+        job = _rebuilt(locked, model, output, trusted=trust_remote_code)
     else:
         assert recipe is not None
         loaded, name = _asked(recipe, model, bpw, size, sets or ())
-        if upload and not (dry_run or frontier or why is not None):
-            target = loaded.upload
-        if target is not None:
-            from mlxq.publish.hub import check_login
-
-            # Said now, not after hours of work.
-            check_login()
-        from mlxq.machine.backend import start_mlx
-
-        start_mlx()
-        from mlxq.pipeline import Options, default_output, prepare
-        from mlxq.planning.plan import Stored
-
-        recorded = None
-        options = Options(Stored.REQUANTIZE if requantize else Stored.AS_IS, trust_remote_code)
-        out = output or (Path(loaded.output) if loaded.output else default_output(loaded, name))
-        if not (dry_run or frontier or why is not None or force) and out.exists():
-            raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-        with telling() as tell:
-            plan = prepare(loaded, name, options, on_event=tell)
-        if low_disk:
-            from mlxq.writing.low_disk import check_low_disk
-
-            check_low_disk(plan)
-        if loaded.budget is not None:
-            from mlxq.cli.spending import spend_budget
-
-            plan = fetched(plan, out, options)
-            plan, spending = spend_budget(plan, options, measure_curve=frontier)
-        elif frontier or explain:
-            raise BadInputError(
-                f"{'--frontier' if frontier else '--explain'} is about a budget, and recipe {loaded.name} has none",
-                "Give one: --bpw 4.25, --size 2.2GB, or budget: in the recipe.",
-            )
-    if spending is not None and not console.as_json:
+        _check_curve(loaded, frontier=frontier, explain=explain)
+        target = _login(loaded) if upload and writes else None
+        out = _output(loaded, name, output, free=writes and not force)
+        draft = _draft(loaded, name, requantize=requantize, low_disk=low_disk, trusted=trust_remote_code)
+        job = _spent(_Job(draft, out, target), measure_curve=frontier)
+    if job.spending is not None and not console.as_json:
         from mlxq.cli.spending import show_spending
 
-        show_spending(spending, explain=explain, frontier=frontier, plot=plot)
-    if frontier:
-        if console.as_json:
-            console.json({"schema": "mlxq.budget", "schema_version": 1, **(plan.spending or {})})
-        return
-    if dry_run or why is not None:
-        show_plan(
-            plan,
-            out=out,
-            why=why,
-            low_disk=low_disk,
-            trust_remote_code=trust_remote_code,
-        )
-        return
-    finished = write_model(plan, out, options, force=force, generate=generate, low_disk=low_disk)
-    if recorded is not None and (differing := differing_files(finished.report, recorded)):
-        theirs, ours = recorded["versions"], finished.report["versions"]
-        changed = [
-            f"{name} {theirs.get(name)}, here {ours.get(name)}" for name in ours if theirs.get(name) != ours[name]
-        ]
-        raise MlxqError(
-            f"{out} differs from what {locked} records in {', '.join(differing)}",
-            f"It was made with {'; '.join(changed)}." if changed else "The versions are the same: the source differs.",
-        )
-    if plan.recipe.gates:
-        from mlxq.cli.compare import check_recipe_gates
+        show_spending(job.spending, explain=explain, frontier=frontier, plot=plot)
+    if frontier and console.as_json:
+        console.json({"schema": "mlxq.budget", "schema_version": 1, **(job.plan.spending or {})})
+    elif not writes and not frontier:
+        show_plan(job.plan, out=job.out, why=why, low_disk=low_disk)
+    if writes:
+        finished = write_model(job.plan, job.out, force=force, generate=generate, low_disk=low_disk)
+        _finish(job, finished)
 
-        original = plan.source.name
-        if plan.source.revision is not None:
-            original = f"{original.partition('@')[0]}@{plan.source.revision}"
-        check_recipe_gates(plan.recipe.gates, original, out)
-    if target is not None:
+
+@dataclass(frozen=True)
+class _Job:
+    """What the command line comes to: the plan, where it goes, and what is to be done or held against it after."""
+
+    plan: Plan
+    out: Path
+    target: Target | None = None
+    spending: Spending | None = None
+    locked: Path | None = None
+    recorded: dict[str, Any] | None = None
+
+
+def _rebuilt(locked: Path, model: str | None, output: Path | None, *, trusted: bool) -> _Job:
+    """The job that an ``mlxq.json`` records."""
+    from mlxq.machine.backend import start_mlx
+
+    start_mlx()
+    from mlxq.cli.fetching import find_model
+    from mlxq.pipeline import prepare_locked, recorded_model
+    from mlxq.writing.report import check_trust, read_report
+
+    recorded = read_report(locked)
+    check_trust(recorded, str(locked), trusted=trusted)
+    plan = prepare_locked(recorded, find_model(model or recorded_model(recorded), trusted=trusted))
+    out = output or Path(f"{locked.resolve().parent.name}-rebuilt")
+    return _Job(plan, out, locked=locked, recorded=recorded)
+
+
+def _check_curve(recipe: Recipe, *, frontier: bool, explain: bool) -> None:
+    from mlxq.errors import BadInputError
+
+    if recipe.budget is None and (frontier or explain):
+        raise BadInputError(
+            f"{'--frontier' if frontier else '--explain'} is about a budget, and recipe {recipe.name} has none",
+            "Give one: --bpw 4.25, --size 2.2GB, or budget: in the recipe.",
+        )
+
+
+def _login(recipe: Recipe) -> Target | None:
+    """Where the result is published; a login that is missing is said now, not after hours of work."""
+    from mlxq.publish.hub import check_login
+
+    if recipe.upload is not None:
+        check_login()
+    return recipe.upload
+
+
+def _output(recipe: Recipe, model: str, output: Path | None, *, free: bool) -> Path:
+    """Where the model goes; where it must be ``free``, nothing may stand there."""
+    from mlxq.errors import BadInputError
+    from mlxq.machine.backend import start_mlx
+
+    start_mlx()
+    from mlxq.pipeline import default_output
+
+    out = output or (Path(recipe.output) if recipe.output else default_output(recipe, model))
+    if free and out.exists():
+        raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
+    return out
+
+
+def _draft(recipe: Recipe, model: str, *, requantize: bool, low_disk: bool, trusted: bool) -> Plan:
+    """The plan as far as headers alone decide it."""
+    from mlxq.cli.fetching import find_model
+    from mlxq.pipeline import prepare
+    from mlxq.planning.plan import Stored
+    from mlxq.writing.low_disk import check_low_disk
+
+    stored = Stored.REQUANTIZE if requantize else Stored.AS_IS
+    plan = prepare(recipe, find_model(model, trusted=trusted), stored)
+    if low_disk:
+        check_low_disk(plan)
+    return plan
+
+
+def _spent(job: _Job, *, measure_curve: bool) -> _Job:
+    """The job with its budget spent, where its recipe has one."""
+    if job.plan.recipe.budget is None:
+        return job
+    from mlxq.cli.spending import spend_budget
+
+    plan, spending = spend_budget(job.plan, job.out, measure_curve=measure_curve)
+    return replace(job, plan=plan, spending=spending)
+
+
+def _finish(job: _Job, finished: Finished) -> None:
+    """Hold what was made against what was recorded and against the gates, then publish it."""
+    from mlxq.cli.compare import check_gates_of
+
+    if job.recorded is not None:
+        _check_same(job, finished)
+    check_gates_of(job.plan, job.out)
+    if job.target is not None:
         from mlxq.cli.upload import publish_made
 
-        publish_made(out, target)
+        publish_made(job.out, job.target, trusted=job.plan.source.trusted)
+
+
+def _check_same(job: _Job, finished: Finished) -> None:
+    """Raise MlxqError where a rebuilt model differs from the one recorded."""
+    from mlxq.errors import MlxqError
+    from mlxq.pipeline import differing_files
+
+    assert job.recorded is not None
+    differing = differing_files(finished.report, job.recorded)
+    if not differing:
+        return
+    theirs, ours = job.recorded["versions"], finished.report["versions"]
+    changed = [f"{name} {theirs.get(name)}, here {ours.get(name)}" for name in ours if theirs.get(name) != ours[name]]
+    raise MlxqError(
+        f"{job.out} differs from what {job.locked} records in {', '.join(differing)}",
+        f"It was made with {'; '.join(changed)}." if changed else "The versions are the same: the source differs.",
+    )
 
 
 def _check_together(

@@ -67,15 +67,14 @@ def check(
     try:
         recipe = load_recipe(file, sets or ())
         if model is not None:
-            from mlxq.cli.fetching import telling
             from mlxq.machine.backend import start_mlx
 
             start_mlx()
-            from mlxq.pipeline import Options, prepare
+            from mlxq.cli.fetching import find_model
+            from mlxq.pipeline import prepare
             from mlxq.planning.plan import Stored
 
-            with telling() as tell:
-                plan = prepare(recipe, model, Options(Stored.REQUANTIZE), on_event=tell)
+            plan = prepare(recipe, find_model(model), Stored.REQUANTIZE)
             facts["model"] = model
             if recipe.budget is None:
                 facts |= {"file_bytes": plan.file_bytes, "bits_per_weight": plan.bits_per_weight}
@@ -108,14 +107,11 @@ def from_gguf(
     model: Annotated[str, typer.Argument(help="A .gguf file, here or on the Hub (org/name/FILE.gguf), or 'sample'.")],
 ) -> None:
     """Print a recipe with the bit widths that a GGUF file gives each tensor."""
-    from mlxq.cli.fetching import telling
+    from mlxq.cli.fetching import find_model
     from mlxq.errors import BadInputError
     from mlxq.show.console import console
-    from mlxq.sources.gguf import GGUFSource, recipe_yaml_from_gguf
-    from mlxq.sources.resolve import resolve
 
-    with telling() as tell:
-        source = resolve(model, on_event=tell)
-    if not isinstance(source, GGUFSource):
+    own = find_model(model).own_recipe
+    if own is None:
         raise BadInputError(f"{model} is not GGUF, so it has no bit map to follow", "Name a .gguf file.")
-    console.text(recipe_yaml_from_gguf(source))
+    console.text(own)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlxq.cli.options import Json, Quiet
+from mlxq.cli.options import Json, Quiet, TrustRemoteCode
+from mlxq.show.console import console
+from mlxq.show.watch import watching
 
 if TYPE_CHECKING:
-    from mlxq.publish.check import Checked
     from mlxq.publish.outlook import FileChange, Outlook
-    from mlxq.publish.publish import Doing, Published
+    from mlxq.publish.publish import Published
     from mlxq.recipe.target import Target
-    from mlxq.retry import Waiting
 
 
 def command(
@@ -36,6 +35,7 @@ def command(
     force: Annotated[
         bool, typer.Option("--force", help="Publish even what does not match its mlxq.json, or does not load.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -47,53 +47,55 @@ def command(
     """
     from mlxq.machine.backend import start_mlx
     from mlxq.recipe.target import Target
-    from mlxq.show.console import console
 
     console.use(quiet=quiet, as_json=as_json)
     start_mlx()
     target = Target(repo, private, revision, create_pr, collection, message)
     if dry_run:
-        _show_preview(folder, target, force=force)
+        _show_preview(folder, target, force=force, trusted=trust_remote_code)
         return
-    done = publish_folder(folder, target, force=force)
+    done = publish_folder(folder, target, force=force, trusted=trust_remote_code)
     if console.as_json:
         console.json(_published_facts(done, target))
     else:
         console.text(done.url)
 
 
-def publish_folder(folder: Path, target: Target, *, force: bool) -> Published:
+def publish_folder(folder: Path, target: Target, *, force: bool, trusted: bool) -> Published:
     """Check ``folder`` and publish it with progress."""
-    from mlxq.publish.publish import publish
-    from mlxq.show.console import console
+    from mlxq import api
 
-    checked = _check(folder, target, force=force)
-    done = _finish(publish(checked, target, force=force))
+    _show_bars()
+    with watching() as tell:
+        done = api.published(folder, target, force=force, trusted=trusted, on_event=tell)
     if not done.sent:
         console.note(f"nothing changed: {target.repo} holds all of it")
     return done
 
 
-def publish_made(folder: Path, target: Target) -> None:
+def publish_made(folder: Path, target: Target, *, trusted: bool) -> None:
     """Publish a model that was just made; where that fails, say how to go on without making it again."""
     from mlxq.errors import MlxqError
-    from mlxq.show.console import console
 
     try:
-        done = publish_folder(folder, target, force=False)
+        done = publish_folder(folder, target, force=False, trusted=trusted)
     except MlxqError as exc:
         hint = f"The model is in {folder}. To publish it: mlxq upload {folder} {target.repo}"
+        hint += " --trust-remote-code" if trusted else ""
         raise type(exc)(exc.message, f"{exc.hint} {hint}" if exc.hint else hint) from exc
     console.note(f"published: {done.url}")
 
 
-def _show_preview(folder: Path, target: Target, *, force: bool) -> None:
+def _show_preview(folder: Path, target: Target, *, force: bool, trusted: bool) -> None:
+    from mlxq import api
     from mlxq.publish.publish import preview
+    from mlxq.retry import told
     from mlxq.show import upload_tables
-    from mlxq.show.console import console
 
-    checked = _check(folder, target, force=force)
-    outlook = _result(preview(checked, target, force=force))
+    _show_bars()
+    with watching() as tell:
+        checked = api.checked(folder, target, force=force, trusted=trusted, on_event=tell)
+        outlook = told(preview(checked, target, force=force), tell)
     if console.as_json:
         console.json(_preview_facts(outlook, target))
         return
@@ -103,52 +105,12 @@ def _show_preview(folder: Path, target: Target, *, force: bool) -> None:
     console.note("Nothing was sent. Run it without --dry-run to publish the model.")
 
 
-def _check(folder: Path, target: Target, *, force: bool) -> Checked:
+def _show_bars() -> None:
+    """The bars of ``huggingface_hub`` are for a terminal where somebody looks."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    from mlxq.publish.check import check_folder, check_target
-    from mlxq.show.console import console
 
     if console.quiet or not console.at_a_terminal:
         disable_progress_bars()
-    check_target(target)
-    console.note(f"checking every file of {folder}")
-    checked = check_folder(folder, force=force)
-    for problem in checked.problems:
-        console.warn(f"{problem}; published all the same, as --force asks")
-    for name in checked.left_out:
-        console.warn(f"{name} was not written by mlxq, so it is left out")
-    return checked
-
-
-def _finish(events: Iterator[Doing | Waiting | Published]) -> Published:
-    from mlxq.publish.publish import Published
-    from mlxq.retry import Waiting
-    from mlxq.show.console import console
-
-    for event in events:
-        if isinstance(event, Published):
-            return event
-        if isinstance(event, Waiting):
-            _say_waiting(event)
-        else:
-            console.note(event.what)
-    raise AssertionError("publishing ends with what was published")
-
-
-def _result(events: Generator[Waiting, None, Outlook]) -> Outlook:
-    while True:
-        try:
-            _say_waiting(next(events))
-        except StopIteration as stop:
-            found: Outlook = stop.value
-            return found
-
-
-def _say_waiting(event: Waiting) -> None:
-    from mlxq.show.console import console
-
-    console.warn(f"{event.reason}; trying again in {event.seconds:.0f} s")
 
 
 def _preview_facts(outlook: Outlook, target: Target) -> dict[str, Any]:

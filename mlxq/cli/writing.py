@@ -7,31 +7,23 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxq.cli.fetching import fetched, say_waiting
-from mlxq.cli.interrupts import interrupts
+from mlxq.cli.fetching import brought
 from mlxq.show.console import console
-from mlxq.show.meters import progress
+from mlxq.show.watch import watching
 
 if TYPE_CHECKING:
-    from mlxq.pipeline import Finished, Options
+    from mlxq.pipeline import Finished
     from mlxq.planning.plan import Plan
     from mlxq.running.question import Generation
 
 
-def show_plan(
-    plan: Plan,
-    *,
-    out: Path,
-    why: str | None,
-    low_disk: bool = False,
-    trust_remote_code: bool = False,
-) -> None:
+def show_plan(plan: Plan, *, out: Path, why: str | None, low_disk: bool = False) -> None:
     """Print the plan: as JSON, as the reasons for the modules ``why`` matches, or as the whole table."""
     from mlxq.show import plan_tables
     from mlxq.writing.disk_space import disk_use
     from mlxq.writing.report import plan_facts
 
-    use = disk_use(plan, out, low_disk=low_disk, trust_remote_code=trust_remote_code)
+    use = disk_use(plan, out, low_disk=low_disk)
     if console.as_json:
         facts = {"output": str(out), **plan_facts(plan), "disk": plan_tables.disk_facts(use)}
         console.json({"schema": "mlxq.plan", "schema_version": 1, **facts})
@@ -45,21 +37,11 @@ def show_plan(
         console.note(f"Nothing was {what}. Run it without --dry-run to make the model.")
 
 
-def write_model(
-    plan: Plan,
-    out: Path,
-    options: Options,
-    *,
-    force: bool,
-    generate: bool,
-    low_disk: bool = False,
-) -> Finished:
+def write_model(plan: Plan, out: Path, *, force: bool, generate: bool, low_disk: bool = False) -> Finished:
     """Run a plan with progress, then show the result and the line that tries it."""
-    from mlxq.pipeline import Finished, Resumed, check_output, run
-    from mlxq.retry import Waiting
+    from mlxq import api
+    from mlxq.pipeline import check_output
     from mlxq.show.plan_tables import plan_notes
-    from mlxq.sources.download import Downloading
-    from mlxq.writing.execute import Written
 
     began = time.perf_counter()
     check_output(plan, out, force=force)
@@ -68,36 +50,19 @@ def write_model(
     if low_disk and plan.source.remote is None:
         console.note(f"{plan.source.name} is on this disk already, so --low-disk changes nothing")
     if not low_disk:
-        plan = fetched(plan, out, options)
-    finished: Finished | None = None
-    written = 0
+        plan = brought(plan, out)
     partial = out.with_name(out.name + ".partial")
     try:
-        with interrupts() as stop_if_pressed, progress(f"Writing {out.name}") as meter:
-            for event in run(plan, out, options, force=force, low_disk=low_disk):
-                stop_if_pressed()
-                if isinstance(event, Written):
-                    written = event.written_bytes
-                    meter.update(event.written_bytes, event.total_bytes, event.finished)
-                elif isinstance(event, Resumed) and event.discarded:
-                    console.warn(f"{event.folder} held work on another plan; it was started afresh")
-                elif isinstance(event, Resumed):
-                    console.note(f"continuing {event.folder}: {event.step_count} tensors were finished")
-                elif isinstance(event, Waiting):
-                    say_waiting(event)
-                elif isinstance(event, Downloading):
-                    meter.update(written, plan.weight_bytes, f"fetching {event.file or 'the small files'}")
-                elif isinstance(event, Finished):
-                    finished = event
+        with watching(f"Writing {out.name}") as tell:
+            finished = api.write(plan, out, force=force, low_disk=low_disk, on_event=tell)
     except KeyboardInterrupt:
         if partial.is_dir():
             console.warn(f"stopped; what is finished stays in {partial}, and the same command continues from there")
         else:
             console.warn(f"stopped; {out} is complete" if out.is_dir() else "stopped; nothing was written")
         raise
-    assert finished is not None
     seconds = time.perf_counter() - began
-    answer = _ask(finished, trusted=options.trust_remote_code) if generate else None
+    answer = _ask(finished, trusted=plan.source.trusted) if generate else None
     _show_result(plan, finished, answer, seconds)
     return finished
 

@@ -6,51 +6,42 @@ is applied to the reference in memory: planned by the same plan that ``mlxq quan
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlxq.architecture.opening import open_lazily
-from mlxq.comparison.measure import Candidate, folder_candidate, stored_layer_bits
-from mlxq.errors import BadInputError
+from mlxq.architecture.opening import opened_source
+from mlxq.comparison.measure import Candidate, stored_candidate, stored_layer_bits
 from mlxq.methods.rtn import RTN
 from mlxq.metrics.size import Size
-from mlxq.pipeline import Allocated, Options, allocated_plan, prepare, run
+from mlxq.pipeline import Allocated, allocated_plan, prepare, run
 from mlxq.planning.plan import Plan
-from mlxq.recipe.load import load_recipe, names_recipe, recipe_from_dict
+from mlxq.recipe.load import recipe_from_dict
 from mlxq.recipe.match import layer_index
 from mlxq.recipe.model import Recipe
 from mlxq.sources.base import ModelSource
-from mlxq.sources.download import fetched_source
-from mlxq.sources.resolve import resolve
+from mlxq.sources.safetensors import open_folder
 from mlxq.tensors import FLOAT_DTYPES
 
 if TYPE_CHECKING:
     import mlx.nn as nn
 
 
-def model_candidate(model: str, scratch: Path) -> Candidate:
-    """A model that exists: folder, Hub id, GGUF file or ``sample``. ``scratch`` takes what must be converted.
+def model_candidate(source: ModelSource, scratch: Path) -> Candidate:
+    """A model that exists, its files here. ``scratch`` takes what must be converted, such as a GGUF file.
 
-    Raises BadInputError where there is no such model or ``mlx_lm`` cannot run it.
+    Raises BadInputError where ``mlx_lm`` cannot run it.
     """
-    source = fetched_source(resolve(model))
-    name = _short(model)
-    folder = scratch / f"{len(list(scratch.iterdir()))}-{name}"
-    if source.weights_folder is not None and source.revision is None:
-        return folder_candidate(name, source.weights_folder)
+    name = _short(source.name)
     if source.weights_folder is not None:
-        # The links to the files of a Hub model go when its source does.
-        shutil.copytree(source.weights_folder, folder, symlinks=True)
-        return folder_candidate(name, folder)
-    options = Options()
-    for _ in run(prepare(recipe_from_dict({}, "mlx"), model, options), folder, options):
+        return stored_candidate(name, source)
+    folder = scratch / f"{len(list(scratch.iterdir()))}-{name}"
+    for _ in run(prepare(recipe_from_dict({}, "mlx"), source), folder):
         pass
     # What it weighs is what its file holds, not what the conversion made of it.
-    return replace(folder_candidate(name, folder), size=_stored_size(source, folder))
+    return replace(stored_candidate(name, open_folder(folder, name)), size=_stored_size(source, folder))
 
 
 def _stored_size(source: ModelSource, folder: Path) -> Size:
@@ -63,15 +54,25 @@ def _stored_size(source: ModelSource, folder: Path) -> Size:
     )
 
 
-def recipe_candidate(recipe: Recipe, reference: Candidate) -> Candidate:
-    """``recipe`` applied to ``reference`` in memory. Raises RecipeError where a rule means nothing on it."""
-    if reference.folder is None:
-        raise BadInputError("a recipe needs a reference that is stored in a folder")
-    folder = reference.folder
-    plan = prepare(recipe, str(folder), Options())
+def recipe_candidate(recipe: Recipe, reference: Candidate, scratch: Path) -> Candidate:
+    """``recipe`` applied to ``reference``: in memory where it only rounds, else to a folder in ``scratch``.
+
+    Raises RecipeError where a rule means nothing on it.
+    """
+    source = reference.source
+    assert source is not None, "the reference is a stored model"
+    assert source.weights_folder is not None, "what is stored can be opened"
+    plan = prepare(recipe, source)
+    if recipe.budget is not None:
+        plan = next(e.plan for e in allocated_plan(plan) if isinstance(e, Allocated))
+    if recipe.method != RTN.name or recipe.budget is not None:
+        folder = scratch / f"{len(list(scratch.iterdir()))}-{recipe.name}"
+        for _ in run(plan, folder):
+            pass
+        return stored_candidate(recipe.name, open_folder(folder, recipe.name, trusted=source.trusted))
     return Candidate(
         name=recipe.name,
-        load=lambda: _quantized(plan, folder),
+        load=lambda: _quantized(plan, source),
         load_tokenizer=None,
         size=Size(
             size_bytes=plan.file_bytes,
@@ -80,31 +81,9 @@ def recipe_candidate(recipe: Recipe, reference: Candidate) -> Candidate:
             bits_per_weight=plan.bits_per_weight,
             module_bits={d.path: d.format.bits for d in plan.decisions if d.format},
         ),
-        layer_bits=_planned_layer_bits(plan, stored_layer_bits(folder)),
-        folder=None,
+        layer_bits=_planned_layer_bits(plan, stored_layer_bits(source.weights_folder)),
+        source=None,
     )
-
-
-def load_candidate(text: str, reference: Candidate, scratch: Path) -> Candidate:
-    """A model or a recipe, whichever ``text`` names.
-
-    A recipe that does more than round (a method, a budget) is carried out to a folder in ``scratch``.
-    """
-    if not names_recipe(text):
-        return model_candidate(text, scratch)
-    recipe = load_recipe(text)
-    if recipe.method == RTN.name and recipe.budget is None:
-        return recipe_candidate(recipe, reference)
-    if reference.folder is None:
-        raise BadInputError("a recipe needs a reference that is stored in a folder")
-    options = Options()
-    plan = prepare(recipe, str(reference.folder), options)
-    if recipe.budget is not None:
-        plan = next(e.plan for e in allocated_plan(plan, options) if isinstance(e, Allocated))
-    folder = scratch / f"{len(list(scratch.iterdir()))}-{recipe.name}"
-    for _ in run(plan, folder, options):
-        pass
-    return folder_candidate(recipe.name, folder)
 
 
 def with_distinct_names(candidates: Sequence[Candidate], texts: Sequence[str]) -> list[Candidate]:
@@ -119,28 +98,28 @@ def with_distinct_names(candidates: Sequence[Candidate], texts: Sequence[str]) -
     return named
 
 
-def _quantized(plan: Plan, folder: Path) -> nn.Module:
-    """The model of ``folder``, unevaluated, cast and quantized as ``plan`` says."""
+def _quantized(plan: Plan, source: ModelSource) -> nn.Module:
+    """The model of ``source``, unevaluated, cast and quantized as ``plan`` says."""
     import mlx.core as mx
     import mlx.nn
     from mlx.utils import tree_flatten, tree_unflatten
 
-    model, _ = open_lazily(folder, plan.source.name)
-    dtypes = {step.path: step.spec.dtype for step in plan.steps}
-    cast = [
-        (path, array.astype(getattr(mx, FLOAT_DTYPES[dtypes[path]])))
-        for path, array in tree_flatten(model.parameters())
-        if dtypes.get(path) in FLOAT_DTYPES
-    ]
-    model.update(tree_unflatten(cast), strict=False)
-    formats = {d.path: d.format for d in plan.decisions}
+    with opened_source(source) as (model, _):
+        dtypes = {step.path: step.spec.dtype for step in plan.steps}
+        cast = [
+            (path, array.astype(getattr(mx, FLOAT_DTYPES[dtypes[path]])))
+            for path, array in tree_flatten(model.parameters())
+            if dtypes.get(path) in FLOAT_DTYPES
+        ]
+        model.update(tree_unflatten(cast), strict=False)
+        formats = {d.path: d.format for d in plan.decisions}
 
-    def chosen(path: str, module: Any) -> bool | dict[str, int | str]:
-        wanted = formats.get(path)
-        return wanted.as_config() if wanted is not None and hasattr(module, "to_quantized") else False
+        def chosen(path: str, module: Any) -> bool | dict[str, int | str]:
+            wanted = formats.get(path)
+            return wanted.as_config() if wanted is not None and hasattr(module, "to_quantized") else False
 
-    mlx.nn.quantize(model, class_predicate=chosen)
-    return model
+        mlx.nn.quantize(model, class_predicate=chosen)
+        return model
 
 
 def _planned_layer_bits(plan: Plan, labels: dict[str, float]) -> dict[str, float]:

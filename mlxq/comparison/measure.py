@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mlxq.architecture.opening import open_lazily
+from mlxq.architecture.tokenizer import source_tokenizer
 from mlxq.calibration.text import (
     SELF,
     TextInfo,
@@ -24,12 +26,14 @@ from mlxq.metrics.faithfulness import Faithfulness, measure_faithfulness
 from mlxq.metrics.reference import Reference, build_reference
 from mlxq.metrics.size import Size, measure_size
 from mlxq.recipe.match import layer_index
-from mlxq.running.opened import open_tokenizer, without_paths
+from mlxq.running.opened import without_paths
 from mlxq.running.speed import Speed, SpeedSettings, measure_speed
 
 if TYPE_CHECKING:
     import mlx.core as mx
     import mlx.nn as nn
+
+    from mlxq.sources.base import ModelSource
 
 # The noise floor needs no long text: it is a yardstick, read to one digit.
 _FLOOR_TOKENS = 4096
@@ -41,10 +45,10 @@ _T = TypeVar("_T")
 class Candidate:
     """A model to measure. ``load`` gives it as an mlx-lm model, its weights unevaluated.
 
-    ``folder`` is where it is stored, or None for one that exists only in memory (a recipe applied to the
-    reference): it then has no speed. ``size`` is counted from the files, or planned. ``layer_bits`` maps each
-    layer's label to its bits per weight. ``load_tokenizer`` is None where it is the reference's own. ``budget`` is what
-    its ``mlxq.json`` says of how a budget was spent.
+    ``source`` is what is stored, in a folder that ``mlx_lm`` can open, or None for a model that exists only in memory
+    (a recipe applied to the reference): it then has no speed. ``size`` is counted from the files, or planned.
+    ``layer_bits`` maps each layer's label to its bits per weight. ``load_tokenizer`` is None where it is the
+    reference's own. ``budget`` is what its ``mlxq.json`` says of how a budget was spent.
     """
 
     name: str
@@ -52,8 +56,13 @@ class Candidate:
     load_tokenizer: Callable[[], Any] | None
     size: Size
     layer_bits: Mapping[str, float]
-    folder: Path | None
+    source: ModelSource | None
     budget: Mapping[str, Any] | None = None
+
+    @property
+    def folder(self) -> Path | None:
+        """Where it is stored, if it is."""
+        return None if self.source is None else self.source.weights_folder
 
 
 @dataclass(frozen=True)
@@ -142,20 +151,20 @@ class Settings:
     answer_tokens: int = 128
 
 
-def folder_candidate(name: str, folder: Path) -> Candidate:
+def stored_candidate(name: str, source: ModelSource) -> Candidate:
     """A model stored in a folder that mlx-lm can open.
 
     Raises BadInputError where the folder is not a causal language model.
     """
-    from mlxq.architecture.opening import open_lazily
-
+    folder = source.weights_folder
+    assert folder is not None, "what mlx_lm cannot open is converted first"
     return Candidate(
         name=name,
-        load=lambda: open_lazily(folder, name)[0],
-        load_tokenizer=lambda: open_tokenizer(folder, f"{name}'s"),
+        load=lambda: open_lazily(folder, name, trusted=source.trusted)[0],
+        load_tokenizer=lambda: source_tokenizer(source, f"{name}'s"),
         size=measure_size(folder),
         layer_bits=stored_layer_bits(folder),
-        folder=folder,
+        source=source,
         budget=_recorded_budget(folder),
     )
 
@@ -286,13 +295,20 @@ def is_tied(found: Faithfulness, floor: Faithfulness) -> bool:
 
 def _timed(candidate: Candidate, settings: Settings) -> Generator[Measuring, None, tuple[Speed | None, str | None]]:
     """The speed of a model, or why it could not be measured; neither where none was asked for."""
-    if candidate.folder is None or settings.speed is None:
+    source = candidate.source
+    if source is None or source.weights_folder is None or settings.speed is None:
         return None, None
     yield Measuring("speed", candidate.name, 0, 1, None, None)
     try:
-        speed = measure_speed(candidate.folder, settings.speed, settings.prompts, answer_tokens=settings.answer_tokens)
+        speed = measure_speed(
+            source.weights_folder,
+            settings.speed,
+            settings.prompts,
+            answer_tokens=settings.answer_tokens,
+            trusted=source.trusted,
+        )
     except ChildError as error:
-        return None, without_paths(error.message, candidate.folder)
+        return None, without_paths(error.message, source.weights_folder)
     yield Measuring("speed", candidate.name, 1, 1, None, 0.0)
     return speed, None
 

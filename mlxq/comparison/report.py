@@ -152,6 +152,7 @@ def comparison_html(comparison: Comparison, gates: Sequence[GateResult] = ()) ->
     import jinja2
 
     from mlxq.comparison import charts
+    from mlxq.writing import pictures
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mlxq.comparison"),
@@ -183,12 +184,12 @@ def comparison_html(comparison: Comparison, gates: Sequence[GateResult] = ()) ->
         rows=rows,
         verdicts=[verdict(result, comparison.reference) for result in comparison.candidates],
         gates=gates,
-        main_plot=charts.as_svg(charts.size_against_kl(comparison)) if comparison.candidates else None,
-        bars=charts.as_svg(bars) if bars else None,
+        main_plot=pictures.as_svg(charts.size_against_kl(comparison)) if comparison.candidates else None,
+        bars=pictures.as_svg(bars) if bars else None,
         device=device,
-        strip=charts.as_svg(charts.layer_strip(comparison)),
-        distribution=charts.as_svg(charts.kl_distribution(comparison)) if comparison.candidates else None,
-        curves=[(r.name, charts.as_svg(charts.size_kl_curve(r.budget))) for r in comparison.candidates if r.budget],
+        strip=pictures.as_svg(charts.layer_strip(comparison)),
+        distribution=pictures.as_svg(charts.kl_distribution(comparison)) if comparison.candidates else None,
+        curves=[(r.name, pictures.as_svg(pictures.size_kl_curve(r.budget))) for r in comparison.candidates if r.budget],
         prompts=_answers_by_prompt(comparison),
         footnotes=footnotes(comparison),
         version=__version__,

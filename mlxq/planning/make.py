@@ -55,6 +55,7 @@ def make_plan(
     return Plan(
         source=source,
         recipe=recipe,
+        stored=stored,
         architecture=architecture,
         decisions=decisions,
         steps=steps,

@@ -14,6 +14,7 @@ from mlxq.architecture.bind import Architecture
 from mlxq.methods.formats import Format
 from mlxq.recipe.model import Calibration, Recipe
 from mlxq.sources.base import ModelSource
+from mlxq.sources.belongings import described
 from mlxq.tensors import TensorSpec
 
 
@@ -28,6 +29,11 @@ class Stored(Enum):
     """They are read as numbers, and written so."""
     CARRY_OVER = "keep_quantization"
     """GGUF blocks are carried over bit for bit, where an MLX format holds the same values."""
+
+    @classmethod
+    def recorded(cls, options: Mapping[str, bool]) -> Stored:
+        """The one that the ``options`` of an ``mlxq.json`` name."""
+        return next((each for each in cls if options.get(each.value)), cls.AS_IS)
 
     @property
     def opened(self) -> bool:
@@ -122,12 +128,14 @@ class Spent:
 class Plan:
     """Everything that will be written.
 
-    ``recipe`` is what the person wrote; ``uncalibrated`` says why its calibration cannot be used, None where it can
-    be, or is not asked for. ``spending`` is how the budget was spent, as data; None without one.
+    ``recipe`` is what the person wrote, ``stored`` what they want of modules that are quantized already.
+    ``uncalibrated`` says why its calibration cannot be used, None where it can be, or is not asked for. ``spending``
+    is how the budget was spent, as data; None without one.
     """
 
     source: ModelSource
     recipe: Recipe
+    stored: Stored
     architecture: Architecture
     decisions: tuple[Decision, ...]
     steps: tuple[Step, ...]
@@ -143,6 +151,12 @@ class Plan:
         return {decision.path: decision for decision in self.decisions}
 
     @property
+    def options(self) -> dict[str, bool]:
+        """What the command line said of the source, as ``mlxq.json`` records it."""
+        asked = {each.value: each is self.stored for each in Stored if each is not Stored.AS_IS}
+        return {**asked, "trust_remote_code": self.source.trusted}
+
+    @property
     def calibration(self) -> Calibration:
         """The text that is really used: the recipe's, and none where it cannot be."""
         return self.recipe.calibration if self.uncalibrated is None else Calibration(("none",))
@@ -150,13 +164,12 @@ class Plan:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What a person should know of the plan as a whole."""
-        left_out = tuple(map(str, self.architecture.left_out))
-        if self.uncalibrated is None:
-            return left_out
-        return (
-            *left_out,
-            f"calibration cannot follow this model ({self.uncalibrated}), so weights alone decide",
-        )
+        found = list(map(str, self.architecture.left_out))
+        if self.uncalibrated is not None:
+            found.append(f"calibration cannot follow this model ({self.uncalibrated}), so weights alone decide")
+        if (fault := self.source.card.fault) is not None:
+            found.append(fault)
+        return tuple(found)
 
     def with_source(self, source: ModelSource) -> Plan:
         """The same plan on the same model once its weights are here: ``source`` differs only in where they lie."""
@@ -180,7 +193,11 @@ class Plan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know before it runs, one line each."""
-        return (*self.remarks, *(f"{d.path}: {d.note}" for d in self.decisions if d.note))
+        return (
+            *self.remarks,
+            *described(self.source.left_behind),
+            *(f"{d.path}: {d.note}" for d in self.decisions if d.note),
+        )
 
     def fingerprint(self) -> str:
         """SHA-256 over all that determines the bytes written: headers, sources, casts and formats."""

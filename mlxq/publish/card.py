@@ -7,7 +7,6 @@ else is a person's, and stays as it is to the letter.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -16,19 +15,24 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.errors import BadInputError
+from mlxq.families import part_of
 from mlxq.fold import fold
 from mlxq.headers import read_json
 from mlxq.methods.formats import Format
 from mlxq.methods.rtn import RTN
 from mlxq.metrics.metric import chosen, value_text, with_error_text
-from mlxq.sources.base import ModelSource
+from mlxq.sources.card import taken_over
+from mlxq.sources.front_matter import FILE_NAME, dump, parse, split
 
-FILE_NAME = "README.md"
 BEGIN, END = "<!-- mlxq:begin -->", "<!-- mlxq:end -->"
-# Keys taken over from the card of the source, once: from then on they are the person's.
-_CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag", "tags")
-# Tags that name what the source was stored for, which the result is not.
-_DROPPED_TAGS = {"gguf", "pytorch", "tf", "jax", "onnx", "transformers", "endpoints_compatible"}
+# What a model can do that reads and writes text, and what takes a tower for images or sound besides.
+_OF_TEXT = frozenset({"text-generation", "text-ranking", "feature-extraction", "sentence-similarity"})
+_BEYOND_TEXT = frozenset(
+    {
+        *("any-to-any", "audio-text-to-text", "automatic-speech-recognition", "image-text-to-text", "image-to-text"),
+        *("multimodal", "video-text-to-text", "vision", "visual-question-answering"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -42,39 +46,24 @@ class Card:
     section: str
 
 
-def source_metadata(source: ModelSource) -> dict[str, Any]:
-    """What a new card takes over from the source's own: licence, languages, pipeline tag and tags."""
-    file = None if source.weights_folder is None else source.weights_folder / FILE_NAME
-    if file is None or not file.is_file():
-        return {}
-    try:
-        original = _metadata(_split(as_text(file.read_bytes()))[0])
-    except BadInputError:
-        # Somebody else's card with a fault in it is no reason to stop: there is just nothing to take over.
-        return {}
-    kept = {key: original[key] for key in _CARRIED if original.get(key)}
-    if "tags" in kept:
-        kept["tags"] = [tag for tag in _tags(original) if tag not in _DROPPED_TAGS]
-    # Dates and the like become text, as JSON has it.
-    return dict(json.loads(json.dumps(kept, default=str)))
-
-
 def make_card(report: Mapping[str, Any], name: str, folder: Path, plot: str | None = None) -> Card:
     """The card of the model in ``folder`` from what its ``mlxq.json`` records.
 
     ``name`` is how to load it, a folder's name or a Hub id; ``plot`` a file beside the card that draws what was
     measured.
     """
-    carried = dict(report.get("card") or {})
+    carried = taken_over(report.get("card") or {})
     base_model = report["source"]["base_model"]
     owned = {"library_name": "mlx"}
     if base_model:
         owned |= {"base_model": base_model, "base_model_relation": "quantized"}
+        carried.pop("base_model", None)
     tags = ["mlx", *(["conversational"] if has_chat_template(folder) else [])]
-    if any(part["ability"] for part in report.get("left_out", ())):
-        carried["pipeline_tag"] = "text-generation"
-    carried.setdefault("pipeline_tag", "text-generation")
     carried["tags"] = list(dict.fromkeys([*tags, *carried.get("tags", ())]))
+    if not _has_towers(report):
+        stated = carried.get("pipeline_tag")
+        carried["pipeline_tag"] = stated if stated in _OF_TEXT else "text-generation"
+        carried["tags"] = [tag for tag in carried["tags"] if tag not in _BEYOND_TEXT]
     parts = (_summary(report), _use(name, folder), _done(report), _measured(report, plot), _reproduce(report, name))
     note = "<!-- Rewritten by mlxq at each upload. What is written outside these marks stays. -->"
     section = "\n\n".join([f"{BEGIN}\n{note}", *(part for part in parts if part), END])
@@ -89,22 +78,22 @@ def render(card: Card, existing: str | None = None, *, old_name: str | None = No
     ``existing`` cannot be read.
     """
     if existing is None:
-        header = _dump({**card.owned, **card.carried})
+        header = dump({**card.owned, **card.carried})
         return f"---\n{header}---\n\n# {card.name}\n\n{card.section}\n"
-    header, body = _split(existing)
+    header, body = split(existing)
     before, marked, after = _around_section(body)
     wanted = dict(card.owned) if marked else {**card.carried, **card.owned}
-    current = _metadata(header)
-    tags = list(dict.fromkeys([*_tags(current), *(card.tags if marked else card.carried["tags"])]))
-    wanted = {key: value for key, value in wanted.items() if key in card.owned or key not in current}
+    matter = parse(header)
+    tags = list(dict.fromkeys([*_tags(matter.values), *(card.tags if marked else card.carried["tags"])]))
+    wanted = {key: value for key, value in wanted.items() if key in card.owned or key not in matter.values}
     for key, value in {**wanted, "tags": tags}.items():
-        if current.get(key) != value:
-            header = _with_key(header, key, value)
+        if matter.values.get(key) != value:
+            matter = matter.with_value(key, value)
     if old_name is not None:
         before = before.replace(f"\n# {old_name}\n", f"\n# {card.name}\n", 1)
     if not marked:
         before, after = before.rstrip("\n") + "\n\n", "\n"
-    return f"---\n{header}---\n{before}{card.section}{after}"
+    return f"---\n{matter.text}---\n{before}{card.section}{after}"
 
 
 def write_card(report: dict[str, Any], folder: Path, name: str) -> None:
@@ -117,11 +106,6 @@ def write_card(report: dict[str, Any], folder: Path, name: str) -> None:
 def file_facts(content: bytes) -> dict[str, Any]:
     """Size and SHA-256, as ``mlxq.json`` records them for each file."""
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def as_text(content: bytes) -> str:
-    """A card as text with plain line ends, whatever editor it went through."""
-    return content.decode("utf-8", errors="replace").removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def own_words(card: str) -> str:
@@ -145,52 +129,17 @@ def has_chat_template(folder: Path) -> bool:
 # Reading and changing a card.
 
 
-def _split(card: str) -> tuple[str, str]:
-    """Front matter without its fences, and the rest; empty front matter where there is none."""
-    found = re.match(r"---[ \t]*\n(.*?\n|)---[ \t]*(?:\n|\Z)", card, re.DOTALL)
-    return (found[1], card[found.end() :]) if found else ("", "\n" + card)
-
-
-def _metadata(header: str) -> dict[str, Any]:
-    import yaml
-
-    try:
-        loaded = yaml.safe_load(header) if header.strip() else {}
-    except yaml.YAMLError as exc:
-        mark = getattr(exc, "problem_mark", None)
-        # The opening fence is the first line.
-        where = f"{FILE_NAME}:{mark.line + 2}" if mark else FILE_NAME
-        raise BadInputError(
-            f"{where}: the front matter is no YAML: {getattr(exc, 'problem', None) or exc}",
-            "Mend it between the two --- lines, or remove the file to have a new one written.",
-        ) from exc
-    if not isinstance(loaded, dict):
-        raise BadInputError(f"{FILE_NAME}: the front matter is no mapping of keys to values", "Write it as key: value.")
-    return loaded
-
-
 def _tags(metadata: Mapping[str, Any]) -> list[str]:
     tags = metadata.get("tags") or []
     return [str(tag) for tag in (tags if isinstance(tags, list) else [tags])]
 
 
-def _dump(data: Mapping[str, Any]) -> str:
-    import yaml
-
-    return str(yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True))
-
-
-def _with_key(header: str, key: str, value: Any) -> str:
-    """Front matter with one key replaced, or added at its end; every other line stays as it was written."""
-    lines = header.splitlines(keepends=True)
-    starts = [i for i, line in enumerate(lines) if re.match(rf"""["']?{re.escape(key)}["']?\s*:""", line)]
-    if not starts:
-        return header + _dump({key: value})
-    stop = starts[0] + 1
-    # A value goes on while lines are indented, or are items of a list.
-    while stop < len(lines) and re.match(r"[ \t]|-|$", lines[stop].rstrip("\n")):
-        stop += 1
-    return "".join([*lines[: starts[0]], _dump({key: value}), *lines[stop:]])
+def _has_towers(report: Mapping[str, Any]) -> bool:
+    """Whether the model reads more than text: it has the parts for it, and none of them was left out."""
+    if any(part["ability"] for part in report.get("left_out", ())):
+        return False
+    parts = (part_of(module["path"]) for module in report["modules"])
+    return any(part is not None and part.ability for part in parts)
 
 
 def _around_section(text: str) -> tuple[str, bool, str]:
@@ -275,7 +224,7 @@ def _done(report: Mapping[str, Any]) -> str:
         lines += ["", *(f"- {note}" for note in report["notes"])]
     recipe = report["recipe"]
     written = _folded(f"Recipe: {recipe['name']}", recipe["text"])
-    resolved = _folded("The same with all that it extends, and with --set", _dump(recipe["resolved"]))
+    resolved = _folded("The same with all that it extends, and with --set", dump(recipe["resolved"]))
     return "\n".join([*lines, "", f"Versions: {versions}.", "", written, "", resolved])
 
 

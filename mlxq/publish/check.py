@@ -10,13 +10,13 @@ from typing import Any
 
 from mlxq.architecture.opening import open_lazily
 from mlxq.errors import BadInputError
-from mlxq.publish import card
 from mlxq.recipe.target import Target, target_faults
-from mlxq.writing.report import FILE_NAME, hash_files, read_report
+from mlxq.sources.front_matter import FILE_NAME as CARD
+from mlxq.writing.report import FILE_NAME, check_trust, hash_files, read_report
 
 PLOT = "mlxq-comparison.png"
 # Written anew at each upload, so what their hashes were says nothing.
-DRAWN = (card.FILE_NAME, PLOT)
+DRAWN = (CARD, PLOT)
 # What mlx-lm would load beside the new weights, were it left from an earlier upload.
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
 
@@ -43,11 +43,12 @@ def check_target(target: Target) -> None:
         raise BadInputError("\n".join(faults))
 
 
-def check_folder(folder: Path, *, force: bool = False) -> Checked:
+def check_folder(folder: Path, *, force: bool = False, trusted: bool = False) -> Checked:
     """Prove that ``folder`` holds a whole model, as mlxq made it: every file, every hash, and that it loads.
 
-    The card is excused: a person may edit it. Raises BadInputError with every problem; ``force`` lets all pass but
-    a missing ``mlxq.json``, without which there is nothing to publish by.
+    The card is excused: a person may edit it. Code of the model's own runs only where it is ``trusted``, and without
+    trust a model that was made with it is refused. Raises BadInputError with every problem; ``force`` lets all pass
+    but a missing ``mlxq.json``, without which there is nothing to publish by.
     """
     if not (folder / FILE_NAME).is_file():
         unfinished = folder.name.endswith(".partial") or folder.with_name(folder.name + ".partial").is_dir()
@@ -58,6 +59,7 @@ def check_folder(folder: Path, *, force: bool = False) -> Checked:
             else "Name the folder that mlxq quantize or mlxq convert wrote.",
         )
     report = read_report(folder / FILE_NAME)
+    check_trust(report, str(folder), trusted=trusted)
     recorded: dict[str, dict[str, Any]] = report["files"]
     found = hash_files(folder)
     problems = [
@@ -70,7 +72,7 @@ def check_folder(folder: Path, *, force: bool = False) -> Checked:
     problems += [f"{name} holds weights that mlxq did not write" for name in weights]
     if not problems or force:
         try:
-            open_lazily(folder, str(folder), trust_remote_code=bool(report["options"].get("trust_remote_code")))
+            open_lazily(folder, str(folder), trusted=trusted)
         except BadInputError as exc:
             problems.append(f"it does not load: {exc.message}")
     if problems and not force:
@@ -85,7 +87,7 @@ def check_folder(folder: Path, *, force: bool = False) -> Checked:
 
 
 def _plot(report: Mapping[str, Any]) -> bytes | None:
-    from mlxq.comparison import charts
+    from mlxq.writing import pictures
 
     measured = report.get("comparison")
-    return charts.as_png(charts.one_model(measured)) if measured and "kl_histogram" in measured else None
+    return pictures.as_png(pictures.one_model(measured)) if measured and "kl_histogram" in measured else None

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from mlxq import __version__
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.publish import card
 from mlxq.recipe.target import Target
-from mlxq.retry import TRIES, Waiting, chain, is_offline, patiently, response_of, said_by
+from mlxq.retry import Waiting, chain, is_offline, limited, patiently, response_of, said_by
+from mlxq.sources.front_matter import as_text
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -95,7 +95,7 @@ def remote_text(api: HfApi, target: Target, remote: Remote, name: str) -> str | 
     if name not in remote.files:
         return None
     with _no_progress_bars():
-        return card.as_text(Path(api.hf_hub_download(target.repo, name, revision=remote.commit)).read_bytes())
+        return as_text(Path(api.hf_hub_download(target.repo, name, revision=remote.commit)).read_bytes())
 
 
 def git_hash(content: bytes) -> str:
@@ -153,7 +153,7 @@ def _explained(exc: Exception, target: Target) -> MlxqError:
     if status in (409, 412):
         return MlxqError(f"{target.repo} was changed by somebody else meanwhile", again)
     if status == 429:
-        return MlxqError(f"the Hub still limits how often it may be asked, after {TRIES} tries", again)
+        return MlxqError(limited(exc), again)
     if status >= 500:
         return MlxqError(f"the Hub has trouble of its own: it answered {status}", again)
     return BadInputError(f"the Hub refused ({status}): {said_by(exc)}")

@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError
+from mlxq.places import place_in
 from mlxq.publish import card
 from mlxq.publish.check import PLOT, WEIGHTS, Checked
 from mlxq.publish.hub import HubFile, Remote, git_hash, hub_api, remote_state, remote_text
 from mlxq.recipe.target import Target
-from mlxq.writing.report import FILE_NAME, report_bytes
+from mlxq.sources.front_matter import FILE_NAME as CARD
+from mlxq.sources.front_matter import as_text
+from mlxq.writing.report import FILE_NAME, report_bytes, shareable
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -40,7 +43,7 @@ class Outlook:
 
     @property
     def card(self) -> str:
-        return self.drawn[card.FILE_NAME].decode()
+        return self.drawn[CARD].decode()
 
     def named(self, *changes: str) -> tuple[FileChange, ...]:
         """The files with one of these changes."""
@@ -84,22 +87,22 @@ def change_of(there: HubFile | None, sha256: str, content: bytes | None, file: P
 def _draw(checked: Checked, target: Target, existing: str | None) -> dict[str, bytes]:
     """The files that are written for publishing: the plot where something was measured, the card, ``mlxq.json``."""
     drawn = {} if checked.plot is None else {PLOT: checked.plot}
-    ours = card.make_card(checked.report, target.repo, checked.folder, PLOT if PLOT in drawn else None)
-    drawn[card.FILE_NAME] = card.render(ours, existing, old_name=checked.folder.name).encode()
+    ours = card.make_card(shareable(checked.report), target.repo, checked.folder, PLOT if PLOT in drawn else None)
+    drawn[CARD] = card.render(ours, existing, old_name=checked.folder.name).encode()
     files = {name: facts for name, facts in checked.report["files"].items() if name != PLOT}
     files |= {name: card.file_facts(content) for name, content in drawn.items()}
-    drawn[FILE_NAME] = report_bytes(_without_paths({**checked.report, "files": files}))
+    drawn[FILE_NAME] = report_bytes({**checked.report, "files": files})
+    _check_places(drawn)
     return drawn
 
 
-def _without_paths(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The report as the world may read it: of a folder on this machine only its name."""
-    shown = dict(report)
-    for key, named in (("source", "name"), ("comparison", "reference")):
-        part = shown.get(key)
-        if isinstance(part, dict) and Path(str(part.get(named, ""))).is_absolute():
-            shown[key] = {**part, named: Path(part[named]).name}
-    return shown
+def _check_places(drawn: Mapping[str, bytes]) -> None:
+    """Raise BadInputError where what is published names a folder that tells whose machine this is."""
+    for name in (CARD, FILE_NAME):
+        if found := place_in(drawn[name].decode()):
+            raise BadInputError(
+                f"{name} names {found}, a folder of this machine", "Take it out before it is published."
+            )
 
 
 def _card_to_keep(api: HfApi, checked: Checked, target: Target, remote: Remote, *, force: bool) -> str | None:
@@ -108,9 +111,9 @@ def _card_to_keep(api: HfApi, checked: Checked, target: Target, remote: Remote, 
     A card that has the hash which the ``mlxq.json`` beside it records was not edited since. Raises BadInputError
     where both were, each in its own way.
     """
-    file = checked.folder / card.FILE_NAME
-    here = card.as_text(file.read_bytes()) if file.is_file() else None
-    there = remote_text(api, target, remote, card.FILE_NAME)
+    file = checked.folder / CARD
+    here = as_text(file.read_bytes()) if file.is_file() else None
+    there = remote_text(api, target, remote, CARD)
     if there is None or here is None:
         return there if here is None else here
     if card.own_words(here) == card.own_words(there):
@@ -129,7 +132,7 @@ def _card_to_keep(api: HfApi, checked: Checked, target: Target, remote: Remote, 
 
 
 def _as_recorded(text: str, report: Mapping[str, Any]) -> bool:
-    recorded = report.get("files", {}).get(card.FILE_NAME, {}).get("sha256")
+    recorded = report.get("files", {}).get(CARD, {}).get("sha256")
     return bool(recorded == hashlib.sha256(text.encode()).hexdigest())
 
 

@@ -109,6 +109,7 @@ def _send(checked: Checked, target: Target, *, force: bool) -> _Sent:
     with tempfile.TemporaryDirectory(prefix="mlxq-upload-") as temporary:
         for change in sent:
             staged = Path(temporary) / change.name
+            staged.parent.mkdir(exist_ok=True)
             if change.name in outlook.drawn:
                 staged.write_bytes(outlook.drawn[change.name])
             else:

@@ -35,9 +35,9 @@ _LARGEST_EXPRESSION = 1_000_000
 _DEEPEST_GROUPS = 50
 _REPEAT = re.compile(r"\{(\d*),?(\d*)\}")
 _NO_REPEAT = re.compile(r"(?<!\\)\{(?!(\d+(,\d*)?|,\d+)\})")
-# CPU time for all modules together: half a second, and more where there is much to match. Matching a real pattern
+# CPU time for all modules together: a third of a second, and more where there is much to match. Matching a real pattern
 # with a path takes about 3 microseconds.
-_PATIENCE_S = 0.5
+_PATIENCE_S = 0.3
 _PATIENCE_PER_MATCH_S = 20e-6
 
 

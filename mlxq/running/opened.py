@@ -15,11 +15,10 @@ from typing import Any
 
 from mlxq import upstream
 from mlxq.architecture.opening import open_lazily
-from mlxq.errors import BadInputError, MlxqError
+from mlxq.architecture.tokenizer import open_tokenizer
+from mlxq.errors import MlxqError
 from mlxq.machine.child import Limits
 
-# Files that a tokenizer is made of; a folder without any has none.
-_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.tiktoken", "spiece.model", "sentencepiece*")
 # Far more than any template takes to lay out one question, on any machine.
 _TEMPLATE_S = 20.0
 
@@ -65,26 +64,11 @@ def open_folder(folder: Path, *, trusted: bool = False) -> Opened:
     """
     from mlx.utils import tree_flatten
 
-    model, config = open_lazily(folder, folder.name, trust_remote_code=trusted)
+    model, config = open_lazily(folder, folder.name, trusted=trusted)
     tokenizer = open_tokenizer(folder, "its", trusted=trusted, eos_token_ids=config.get("eos_token_id"))
     leaves = tree_flatten(model.leaf_modules(), is_leaf=lambda node: hasattr(node, "parameters"))
     rows = [int(leaf.weight.shape[0]) for _, leaf in leaves if "Embedding" in type(leaf).__name__ and "weight" in leaf]
     return Opened(model, tokenizer, max(rows, default=0))
-
-
-def open_tokenizer(folder: Path, whose: str, *, trusted: bool = False, eos_token_ids: Any = None) -> Any:
-    """The tokenizer of a folder, with its own code only where ``trusted``; ``whose`` it is begins what is raised.
-
-    Raises BadInputError where there is none or it does not load.
-    """
-    if not any(file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)):
-        raise BadInputError(f"{whose} tokenizer is missing: there are no tokenizer files", "Copy the original's here.")
-    try:
-        return upstream.load_tokenizer(folder, trusted=trusted, eos_token_ids=eos_token_ids)
-    except Exception as exc:  # Whatever a tokenizer's files make it raise means: does not load.
-        if "trust_remote_code" in str(exc):
-            raise BadInputError(f"{whose} tokenizer wants to run its own code, which was not trusted") from exc
-        raise BadInputError(f"{whose} tokenizer does not load: {type(exc).__name__}: {exc}") from exc
 
 
 def prompt_tokens(

@@ -45,6 +45,13 @@ SPEED_METRICS = (
 CPU_SETTINGS = SpeedSettings(prompt_tokens=32, generation_tokens=8, trials=3, budget_s=30.0)
 
 
+def usual_settings() -> SpeedSettings:
+    """The lengths that suit this machine."""
+    from mlxq.machine.cores import on_cpu
+
+    return CPU_SETTINGS if on_cpu() else SpeedSettings()
+
+
 @dataclass(frozen=True)
 class Answer:
     """A greedy answer to a prompt; tokens/sec of its generation and the peak memory of making it."""
@@ -88,9 +95,11 @@ def measure_speed(
     prompts: Sequence[Any] = (),
     *,
     answer_tokens: int = 128,
+    trusted: bool = False,
     limits: Limits | None = None,
 ) -> Speed:
     """Time ``folder`` in a new process. ``prompts`` are strings or lists of chat messages, answered greedily.
+    The model's own code runs only where it is ``trusted``.
 
     Raises ChildError where the model or its tokenizer fails, or passes ``limits``.
     """
@@ -98,6 +107,7 @@ def measure_speed(
         limits = child_limits(folder, _FIRST_TRIAL_S + settings.budget_s + _ANSWER_S * len(prompts))
     request = {
         "folder": str(folder),
+        "trusted": trusted,
         "settings": asdict(settings),
         "prompts": list(prompts),
         "answer_tokens": answer_tokens,
@@ -116,7 +126,7 @@ def time_model(request: dict[str, Any]) -> dict[str, Any]:
     upstream.preload()
     mx.reset_peak_memory()
     began = time.perf_counter()
-    opened = open_folder(Path(request["folder"]))
+    opened = open_folder(Path(request["folder"]), trusted=request["trusted"])
     opening_s = time.perf_counter() - began
     # A prompt that its template cannot lay out is found out before the weights are read.
     asked = [(_last_words(prompt), prompt_tokens(opened, prompt)) for prompt in request["prompts"]]

@@ -15,6 +15,7 @@ from mlxq.recipe.match import matching
 from mlxq.show.tables import count_text, facts_table, plain_table, shape_text, size_text
 
 if TYPE_CHECKING:
+    from mlxq.api import Inspected
     from mlxq.architecture.inspection import InspectedModule, Inspection
     from mlxq.architecture.tokenizer import Encoding
     from mlxq.machine.devices import Device
@@ -118,22 +119,16 @@ def encoding_table(encoding: Encoding) -> Table:
     return table
 
 
-def inspection_facts(
-    found: Inspection,
-    modules: Sequence[InspectedModule],
-    device: Device,
-    fits: Sequence[tuple[str, Fit]],
-    encoding: Encoding | None,
-) -> dict[str, Any]:
+def inspection_facts(found: Inspected, modules: Sequence[InspectedModule], encoding: Encoding | None) -> dict[str, Any]:
     """The inspection as data, for ``--json``."""
-    facts = asdict(found)
+    facts = asdict(found.inspection)
     del facts["config"]
     facts["modules"] = [asdict(module) for module in modules]
     return {
         "schema": "mlxq.inspect",
         "schema_version": 1,
         **facts,
-        "device": {**asdict(device), "usable_bytes": device.usable_bytes},
-        "recipes": {name: asdict(reckoned) for name, reckoned in fits},
+        "device": {**asdict(found.device), "usable_bytes": found.device.usable_bytes},
+        "recipes": {name: asdict(reckoned) for name, reckoned in found.fits},
         "encoding": asdict(encoding) if encoding else None,
     }

@@ -13,6 +13,7 @@ from mlxq.fold import fold
 from mlxq.planning.plan import By
 from mlxq.recipe.match import matching
 from mlxq.show.tables import facts_table, plain_table, shape_text, size_text
+from mlxq.sources.belongings import described
 from mlxq.tensors import FLOAT_DTYPES
 
 if TYPE_CHECKING:
@@ -87,7 +88,11 @@ def disk_facts(use: DiskUse) -> dict[str, Any]:
 def plan_notes(plan: Plan) -> list[str]:
     """What a person should know before the plan runs: deviations, folded by layer, and formats the source imposes."""
     notes = [(d.path, d.note) for d in plan.decisions if d.note]
-    lines = [*plan.remarks, *(f"{folded.path}: {folded.attributes}" for folded in fold(notes))]
+    lines = [
+        *plan.remarks,
+        *described(plan.source.left_behind),
+        *(f"{folded.path}: {folded.attributes}" for folded in fold(notes)),
+    ]
     kept = Counter(str(d.format) for d in plan.decisions if d.by is By.SOURCE)
     if kept and (plan.recipe.default or plan.recipe.rules):
         formats = ", ".join(f"{count} in {fmt}" for fmt, count in kept.items())

@@ -12,6 +12,7 @@ from mlxq.tensors import TensorSpec
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from mlxq.sources.card import SourceCard
     from mlxq.sources.quantization import Quantization
     from mlxq.sources.remote import HubModel
 
@@ -59,6 +60,9 @@ class ModelSource(Protocol):
     def weight_files(self) -> tuple[Path, ...]:
         """The files that hold the weights."""
 
+    def file_of(self, name: str) -> Path:
+        """The weight file that holds a tensor."""
+
     @property
     def stored_bytes(self) -> int:
         """Bytes the weights take as stored."""
@@ -73,7 +77,22 @@ class ModelSource(Protocol):
 
     @property
     def sidecars(self) -> Mapping[str, Path | bytes]:
-        """Files that travel with the model (tokenizer, chat template, licence): name -> file or content."""
+        """Files that travel with the model (tokenizer, chat template, licence): name -> file or content.
+
+        A name is that of a file at the top, or ``additional_chat_templates/NAME.jinja``.
+        """
+
+    @property
+    def card(self) -> SourceCard:
+        """What a new model card takes over: licence, languages, tags."""
+
+    @property
+    def left_behind(self) -> Mapping[str, str]:
+        """Files and folders beside the weights that do not travel: name -> why."""
+
+    @property
+    def own_recipe(self) -> str | None:
+        """A recipe, as YAML, that follows the types of the stored blocks; None where there are none."""
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows ``start:stop`` of a tensor seen as a (rows, last axis) matrix.

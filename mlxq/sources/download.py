@@ -14,7 +14,7 @@ from mlxq.retry import Waiting, patiently
 from mlxq.sources.base import ModelSource
 from mlxq.sources.hub import add_companions, opened, remember_revision
 from mlxq.sources.hub_errors import explained
-from mlxq.sources.hub_files import counting_bar, resume_after_resets
+from mlxq.sources.hub_files import counting_bar
 from mlxq.sources.remote import HubModel, Reference, RemoteFile
 
 _AT_ONCE = 4
@@ -51,7 +51,6 @@ class Transfer:
         self._events: queue.SimpleQueue[Waiting | Exception | None] = queue.SimpleQueue()
         for file in files:
             self._waiting.put(file)
-        resume_after_resets()
         self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(min(_AT_ONCE, len(files)))]
         for thread in self._threads:
             thread.start()
@@ -145,17 +144,6 @@ def fetch(source: ModelSource) -> Generator[Downloading | Waiting, None, ModelSo
     if dict(local.tensors) != dict(source.tensors):
         raise MlxqError(f"{source.name}: the files fetched are not those whose headers were read")
     return local
-
-
-def fetched_source(source: ModelSource) -> ModelSource:
-    """``fetch`` without a word."""
-    events = fetch(source)
-    while True:
-        try:
-            next(events)
-        except StopIteration as stop:
-            local: ModelSource = stop.value
-            return local
 
 
 def fetch_companions(source: ModelSource) -> Generator[Downloading | Waiting, None, ModelSource]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 from mlxq.errors import BadInputError
 from mlxq.methods.formats import AFFINE, Format
 from mlxq.recipe.match import layer_index
+from mlxq.sources.card import SourceCard, card_of_gguf, model_of_gguf
 from mlxq.sources.gguf_blocks import REPACKABLE, nearest_format, repack
-from mlxq.sources.gguf_header import GGUFHeader, GGUFTensor, read_gguf_header
+from mlxq.sources.gguf_header import ROPE_FREQUENCIES, GGUFHeader, GGUFTensor
 from mlxq.sources.gguf_names import (
-    ROPE_FREQUENCIES,
     Layout,
     checkpoint_name,
     config_of,
     layout_of,
     permutation_width,
 )
-from mlxq.sources.gguf_tokenizer import check_tokenizer, tokenizer_files
+from mlxq.sources.gguf_parts import read_gguf
+from mlxq.sources.gguf_tokenizer import check_rows, check_tokenizer, tokenizer_files
 from mlxq.sources.quantization import Quantization
 from mlxq.sources.safetensors import pread_exactly
 from mlxq.tensors import TensorSpec
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mlxq.sources.remote import HubModel, Scratch
-
-_HUB_URL = re.compile(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+?)/?")
 
 
 @dataclass(frozen=True)
@@ -74,8 +72,12 @@ class GGUFSource:
 
     @property
     def weight_files(self) -> tuple[Path, ...]:
-        """The file itself."""
-        return (self.header.path,)
+        """The file itself, or all parts of the model."""
+        return self.header.files
+
+    def file_of(self, name: str) -> Path:
+        """The file or part that holds tensor ``name``."""
+        return self.bound[name].stored.file
 
     @property
     def stored_bytes(self) -> int:
@@ -97,6 +99,21 @@ class GGUFSource:
         """Tokenizer, chat template and generation config, rebuilt from the metadata."""
         metadata = self.header.metadata
         return dict(tokenizer_files(metadata, metadata["general.architecture"], str(self.header.path)))
+
+    @property
+    def card(self) -> SourceCard:
+        """What the metadata gives a new card."""
+        return card_of_gguf(self.header.metadata)
+
+    @property
+    def left_behind(self) -> Mapping[str, str]:
+        """Nothing: the file is all there is."""
+        return {}
+
+    @property
+    def own_recipe(self) -> str:
+        """See ``recipe_yaml_from_gguf``."""
+        return recipe_yaml_from_gguf(self)
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows ``start:stop`` of tensor ``name``, dequantized to float32; see ``ModelSource.read_rows``."""
@@ -148,19 +165,23 @@ class GGUFSource:
 
         row_bytes = tensor.stored.nbytes // max(tensor.spec.rows, 1)
         if not tensor.head_dim or len(tensor.spec.shape) == 1 or stop <= start:
-            return self._pread(tensor.stored.offset + start * row_bytes, stop - start, row_bytes)
+            return self._pread(tensor.stored, start, stop, row_bytes)
         rows = _interleaved(np.arange(start, stop), tensor.head_dim)
         # Rows move only within their head, so the span that holds them is at most two heads longer.
         first, last = int(rows.min()), int(rows.max())
-        span = self._pread(tensor.stored.offset + first * row_bytes, last - first + 1, row_bytes)
+        span = self._pread(tensor.stored, first, last + 1, row_bytes)
         picked: npt.NDArray[Any] = span[rows - first]
         return picked
 
-    def _pread(self, offset: int, rows: int, row_bytes: int) -> npt.NDArray[Any]:
+    def _pread(self, stored: GGUFTensor, start: int, stop: int, row_bytes: int) -> npt.NDArray[Any]:
+        """Rows ``start:stop`` in the order of the file."""
         assert self.remote is None, "the weights are still on the Hub"
-        descriptor = os.open(self.header.path, os.O_RDONLY)
+        rows = stop - start
+        descriptor = os.open(stored.file, os.O_RDONLY)
         try:
-            return pread_exactly(descriptor, rows * row_bytes, offset).reshape(rows, row_bytes)
+            return pread_exactly(descriptor, rows * row_bytes, stored.offset + start * row_bytes).reshape(
+                rows, row_bytes
+            )
         finally:
             os.close(descriptor)
 
@@ -174,21 +195,17 @@ def _interleaved(rows: npt.NDArray[Any], head_dim: int) -> npt.NDArray[Any]:
 
 
 def open_gguf(path: Path, name: str) -> GGUFSource:
-    """Open a GGUF file by its header.
+    """Open a GGUF file by its header; where it is one of several parts, with the others beside it.
 
-    Raises BadInputError where it is not GGUF, cut short, one part of several, of an architecture, tensor type or
+    Raises BadInputError where it is not GGUF, cut short, without one of its parts, of an architecture, tensor type or
     tokenizer that can't be rebuilt, or lacks what the model needs.
     """
-    header = read_gguf_header(path)
-    if header.metadata.get("split.count", 0) > 1:
-        raise BadInputError(
-            f"{path} is one of {header.metadata['split.count']} parts",
-            "Join them first: llama-gguf-split --merge FIRST_PART OUT.gguf",
-        )
+    header = read_gguf(path)
     layout = layout_of(header)
     check_tokenizer(header.metadata, str(path))
     _check_types(header)
     config = config_of(header, layout, _rope_frequencies(header))
+    check_rows(header.metadata, config["vocab_size"], str(path))
     bound = {
         tensor.spec.name: tensor
         for tensor in (
@@ -197,7 +214,7 @@ def open_gguf(path: Path, name: str) -> GGUFSource:
             if stored.name != ROPE_FREQUENCIES
         )
     }
-    return GGUFSource(name, header, config, bound, _base_model(header))
+    return GGUFSource(name, header, config, bound, model_of_gguf(header.metadata))
 
 
 def recipe_yaml_from_gguf(source: GGUFSource) -> str:
@@ -316,16 +333,6 @@ def _rope_frequencies(header: GGUFHeader) -> tuple[float, ...] | None:
         return None
     if tensor.ggml_type != "F32":
         raise BadInputError(f"{header.path}: {ROPE_FREQUENCIES} is {tensor.ggml_type}, not F32")
-    with header.path.open("rb") as stream:
+    with tensor.file.open("rb") as stream:
         stream.seek(tensor.offset)
         return tuple(np.frombuffer(stream.read(tensor.nbytes), dtype="<f4").tolist())
-
-
-def _base_model(header: GGUFHeader) -> str | None:
-    """Hub id of the model in the file, from the addresses its metadata gives, nearest first."""
-    keys = ("general.source.repo_url", "general.source.url", "general.repo_url", "general.base_model.0.repo_url")
-    for key in keys:
-        found = _HUB_URL.fullmatch(str(header.metadata.get(key, "")))
-        if found:
-            return found[1]
-    return None

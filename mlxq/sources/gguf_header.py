@@ -20,10 +20,27 @@ from mlxq.errors import BadInputError
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+# How files of the formats before it begin.
+_OLDER_MAGICS = {b"lmgg": "GGML", b"fmgg": "GGMF", b"tjgg": "GGJT", b"algg": "GGLA"}
+# Types that llama.cpp once wrote and has removed, by number; each had been Q4 or IQ4_NL in an order of its own.
+_RETIRED_TYPES = {
+    4: "Q4_2",
+    5: "Q4_3",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4 (or BitNet's I2_S)",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+}
+# Forks of llama.cpp number their own types up to some hundreds; what is far above is a damaged header.
+_HIGHEST_TYPE = 1023
 DEFAULT_ALIGNMENT = 32
 # What GGML itself allows; a larger number is a corrupt header.
 MAX_DIMENSIONS = 4
 MAX_TENSORS = 1 << 20
+# Holds rope frequencies, the one tensor whose values are read with the header: they go to config.json.
+ROPE_FREQUENCIES = "rope_freqs.weight"
 # Far above any chat template or vocabulary; what a corrupt length can make us hold stays small.
 MAX_VALUE_BYTES = 1 << 26
 
@@ -32,6 +49,8 @@ _TEXT = ("general.architecture", "tokenizer.chat_template", "tokenizer.ggml.mode
 _WHOLE = (
     "general.alignment",
     "split.count",
+    "split.no",
+    "split.tensors.count",
     *(f"tokenizer.ggml.{role}_token_id" for role in ("bos", "eos", "unknown", "padding", "eot", "eom")),
 )
 _NUMBERS = tuple(f"general.sampling.{name}" for name in ("temp", "top_k", "top_p", "min_p", "penalty_repeat"))
@@ -50,28 +69,44 @@ _STRING = 8
 _ARRAY = 9
 
 
+_OTHERWISE = "Take a newer file of the model, or quantize the original from the Hub."
+
+
 @dataclass(frozen=True)
 class GGUFTensor:
-    """One stored tensor: ``ggml_type`` by name (``"Q4_K"``), ``shape`` outermost first, ``offset`` into the file."""
+    """One stored tensor: ``ggml_type`` by name (``"Q4_K"``), ``shape`` outermost first, ``offset`` into ``file``."""
 
     name: str
     ggml_type: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    file: Path
 
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """What a GGUF file says about itself. Arrays of numbers are tuples, arrays of strings lists."""
+    """What a GGUF file says about itself. Arrays of numbers are tuples, arrays of strings lists.
+
+    ``files`` are all that hold its tensors, ``path`` the first of them.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    files: tuple[Path, ...]
 
 
 class _Malformed(Exception):
     """The header breaks the format; the message says how."""
+
+
+class _Unsupported(_Malformed):
+    """The header keeps a format, which is not read here; ``hint`` is the way out."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
 
 
 class _Ended(_Malformed):
@@ -144,7 +179,7 @@ class _Cursor:
         if kind == _STRING:
             return self.strings(count)
         if kind == _ARRAY:
-            raise _Malformed("its metadata nests arrays, which no known writer does")
+            raise _Unsupported("its metadata nests arrays", _OTHERWISE)
         if kind not in _SCALARS:
             raise _Malformed(f"its metadata has an array of unknown type {kind}")
         layout = f"<{count}{_SCALARS[kind]}"
@@ -154,12 +189,15 @@ class _Cursor:
 def read_gguf_header(path: Path) -> GGUFHeader:
     """Read the header of ``path``, trusting nothing in it.
 
-    Raises BadInputError where the file is not GGUF, is of a version or byte order that is not supported, or is
-    cut short: each tensor must lie wholly inside the file.
+    Raises BadInputError where the file is not GGUF, is of a version, byte order or tensor type that is not
+    supported, or is cut short: each tensor must lie wholly inside the file.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
-        if size == 0 or stream.read(4) != MAGIC:
+        begins = stream.read(4)
+        if begins in _OLDER_MAGICS:
+            raise BadInputError(f"{path} is {_OLDER_MAGICS[begins]}, a format before GGUF", _OTHERWISE)
+        if begins != MAGIC:
             raise BadInputError(
                 f"{path} is not a GGUF file: it does not start with {MAGIC.decode()}",
                 "Download it again if it should be one; a Git LFS pointer or a web page is often saved instead.",
@@ -167,6 +205,8 @@ def read_gguf_header(path: Path) -> GGUFHeader:
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
                 return _parse(_Cursor(data), path, size)
+            except _Unsupported as exc:
+                raise BadInputError(f"{path} can't be read: {exc}", exc.hint) from exc
             except _Malformed as exc:
                 raise BadInputError(f"{path} is not a complete GGUF file: {exc}", "Download the file again.") from exc
 
@@ -182,12 +222,22 @@ def is_whole_header(beginning: bytes) -> bool:
     return True
 
 
+def span_of(beginning: bytes, name: str) -> tuple[int, int]:
+    """The bytes of a GGUF file, first and behind the last, that hold tensor ``name``; none where it has none.
+
+    ``beginning`` holds its header.
+    """
+    try:
+        tensor = _parse(_Cursor(beginning), Path(), 1 << 62).tensors.get(name)
+    except _Malformed:  # Said when the header is read for good.
+        return 0, 0
+    return (0, 0) if tensor is None else (tensor.offset, tensor.offset + tensor.nbytes)
+
+
 def _parse(cursor: _Cursor, path: Path, size: int) -> GGUFHeader:
     cursor.take(len(MAGIC))
     version = cursor.number("I")
-    if version not in VERSIONS:
-        what = "it is big-endian" if version >> 16 else f"it has version {version}"
-        raise _Malformed(f"{what}; little-endian versions {VERSIONS[0]} and {VERSIONS[1]} are supported")
+    _check_version(version)
     tensor_count, value_count = cursor.number("Q"), cursor.number("Q")
     if tensor_count > MAX_TENSORS:
         raise _Malformed(f"it says it holds {tensor_count:,} tensors")
@@ -204,7 +254,7 @@ def _parse(cursor: _Cursor, path: Path, size: int) -> GGUFHeader:
     if alignment <= 0 or alignment % 8:
         raise _Malformed(f"its alignment is {alignment!r}")
     data_start = -(-cursor.at // alignment) * alignment
-    locate = _locator(data_start, size)
+    locate = _locator(path, data_start, size)
     tensors: dict[str, GGUFTensor] = {}
     for name, shape, type_id, offset in entries:
         if name in tensors:
@@ -213,7 +263,28 @@ def _parse(cursor: _Cursor, path: Path, size: int) -> GGUFHeader:
     for one, other in pairwise(sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.nbytes))):
         if one.offset + one.nbytes > other.offset:
             raise _Malformed(f"tensors {one.name!r} and {other.name!r} overlap")
-    return GGUFHeader(path, metadata, tensors)
+    return GGUFHeader(path, metadata, tensors, (path,))
+
+
+def _check_version(version: int) -> None:
+    """Raise unless it is one that is read here."""
+    if version in VERSIONS:
+        return
+    swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+    if swapped in (1, *VERSIONS):
+        raise _Unsupported(
+            "it is big-endian",
+            "Take the little-endian file of the model, or turn a copy round with the gguf package: "
+            "gguf-convert-endian COPY.gguf little",
+        )
+    if version == 1:
+        raise _Unsupported("it is GGUF of version 1, which was written in August 2023 alone", _OTHERWISE)
+    if VERSIONS[-1] < version < 1 << 16:
+        raise _Unsupported(
+            f"it is GGUF of version {version:,}, and {VERSIONS[0]} and {VERSIONS[1]} are known here",
+            "Update mlxq, or take a file of an older version.",
+        )
+    raise _Malformed(f"it says it has version {version:,}")
 
 
 def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
@@ -225,7 +296,7 @@ def _tensor_entry(cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
     return name, innermost_first[::-1], cursor.number("I"), cursor.number("Q")
 
 
-def _locator(data_start: int, size: int) -> Callable[[str, tuple[int, ...], int, int], GGUFTensor]:
+def _locator(path: Path, data_start: int, size: int) -> Callable[[str, tuple[int, ...], int, int], GGUFTensor]:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
     def locate(name: str, shape: tuple[int, ...], type_id: int, offset: int) -> GGUFTensor:
@@ -233,7 +304,7 @@ def _locator(data_start: int, size: int) -> Callable[[str, tuple[int, ...], int,
             kind = GGMLQuantizationType(type_id)
             block_size, block_bytes = GGML_QUANT_SIZES[kind]
         except (ValueError, KeyError) as exc:
-            raise _Malformed(f"tensor {name!r} has type {type_id}, which the gguf package does not know") from exc
+            raise _unknown_type(name, type_id) from exc
         columns = shape[-1] if shape else 1
         if columns % block_size:
             raise _Malformed(f"tensor {name!r} has rows of {columns:,}, no multiple of {kind.name}'s {block_size}")
@@ -241,9 +312,24 @@ def _locator(data_start: int, size: int) -> Callable[[str, tuple[int, ...], int,
         missing = data_start + offset + nbytes - size
         if missing > 0:
             raise _Malformed(f"it is cut short by {missing:,} bytes (tensor {name!r})")
-        return GGUFTensor(name, kind.name, shape, data_start + offset, nbytes)
+        return GGUFTensor(name, kind.name, shape, data_start + offset, nbytes, path)
 
     return locate
+
+
+def _unknown_type(name: str, type_id: int) -> _Malformed:
+    if type_id in _RETIRED_TYPES:
+        return _Unsupported(
+            f"tensor {name!r} is {_RETIRED_TYPES[type_id]}, a type that llama.cpp has removed",
+            "Take a file of another type, such as Q4_0 or Q4_K_M, or quantize the original model from the Hub.",
+        )
+    if type_id > _HIGHEST_TYPE:
+        return _Malformed(f"tensor {name!r} has type {type_id}, and there are not so many")
+    return _Unsupported(
+        f"tensor {name!r} has type {type_id}, which the gguf package does not know",
+        "A newer one may (pip install -U gguf), unless a fork of llama.cpp wrote it: then take a file of another "
+        "type, or quantize the original model from the Hub.",
+    )
 
 
 def _shortest_float32(value: float) -> float:

@@ -16,7 +16,7 @@ from typing import Any
 
 from mlxq.errors import BadInputError
 from mlxq.families import family_named
-from mlxq.sources.gguf_header import GGUFHeader
+from mlxq.sources.gguf_header import ROPE_FREQUENCIES, GGUFHeader
 from mlxq.sources.gguf_tokenizer import end_token_ids
 
 _ATTENTION = {
@@ -48,9 +48,6 @@ _FOUR_NORMS = {
 }
 _DENSE = _ATTENTION | _TWO_NORMS | _MLP
 _ROPE_SCALINGS = frozenset({"linear", "yarn", "llama3"})
-
-# Holds rope frequencies, which go to config.json.
-ROPE_FREQUENCIES = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)

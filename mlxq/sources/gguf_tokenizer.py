@@ -10,88 +10,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from mlxq.errors import BadInputError
+from mlxq.sources.belongings import TEMPLATES
+from mlxq.sources.gguf_pre_tokenizers import pre_tokenizer
 
 # ``gguf.TokenType``: what a vocabulary entry is.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-
-_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-_LINE_ENDS = r"\s*[\r\n]+|\s+(?!\S)|\s+"
-_SYMBOLS = r" ?[^\s\p{L}\p{N}]+[\r\n]*"
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
-_CJK = "[一-龥ࠀ-一가-퟿]+"
-
-_LLAMA3_SPLIT = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_SYMBOLS}|{_LINE_ENDS}"
-_QWEN2_SPLIT = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_SYMBOLS}|{_LINE_ENDS}"
-_TEKKEN_SPLIT = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{_LINE_ENDS}"
-)
-_DEEPSEEK_LLM_SPLITS = (
-    r"[\r\n]",
-    # The model's own file lists every cased letter by code point.
-    r"\s?[\p{Lu}\p{Ll}\p{Lt}]+",
-    r"\s?[!-/:-~！-／：-～‘-‟\x{3000}-。]+",
-    r"\s+$",
-    _CJK,
-    r"\p{N}+",
-)
-_DEEPSEEK_CODER_SPLITS = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _CJK, r"\p{N}")
-
-
-@dataclass(frozen=True)
-class PreTokenizer:
-    """How text is cut before byte-level BPE.
-
-    ``splits`` are applied one after another; none means GPT-2's own rule, after ``digits`` one by one.
-    ``nfc`` normalizes first; ``whole_words`` looks a whole piece up before merging (``ignore_merges``);
-    ``adds_bos`` says whether the model expects a start token where the file does not say.
-    """
-
-    splits: tuple[str, ...] = ()
-    digits: bool = False
-    nfc: bool = False
-    whole_words: bool = False
-    adds_bos: bool = False
-
-
-_GPT2 = PreTokenizer()
-_DIGITS = PreTokenizer(digits=True)
-_LLAMA3 = PreTokenizer((_LLAMA3_SPLIT,), whole_words=True, adds_bos=True)
-_QWEN2 = PreTokenizer((_QWEN2_SPLIT,), nfc=True)
-
-# ``tokenizer.ggml.pre`` -> rule; names that mean the same share one.
-PRE_TOKENIZERS: dict[str, PreTokenizer] = {
-    "gpt-2": _GPT2,
-    "mpt": _GPT2,
-    "olmo": _GPT2,
-    "jais": _GPT2,
-    "smollm": _DIGITS,
-    "starcoder": _DIGITS,
-    "refact": _DIGITS,
-    "command-r": _DIGITS,
-    "codeshell": _DIGITS,
-    "minerva-7b": _DIGITS,
-    "llama3": _LLAMA3,
-    "llama-v3": _LLAMA3,
-    "llama-bpe": _LLAMA3,
-    "falcon3": _LLAMA3,
-    "pixtral": _LLAMA3,
-    "midm-2.0": _LLAMA3,
-    "dbrx": PreTokenizer((_LLAMA3_SPLIT,)),
-    "smaug-bpe": PreTokenizer((_LLAMA3_SPLIT,)),
-    "tekken": PreTokenizer((_TEKKEN_SPLIT,), whole_words=True, adds_bos=True),
-    "qwen2": _QWEN2,
-    "megrez": _QWEN2,
-    "kormo": _QWEN2,
-    "deepseek-r1-qwen": PreTokenizer((_QWEN2_SPLIT,)),
-    "deepseek-llm": PreTokenizer(_DEEPSEEK_LLM_SPLITS),
-    "deepseek-coder": PreTokenizer(_DEEPSEEK_CODER_SPLITS),
-}
+# ``tokenizer.chat_template.tool_use`` and the like.
+_NAMED_TEMPLATE = "tokenizer.chat_template."
 
 # Turn-ending tokens that instruct models name in their template; many files give only one end token.
 _TURN_ENDS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|end_of_text|>")
@@ -101,9 +29,9 @@ def end_token_ids(metadata: Mapping[str, Any]) -> tuple[int, ...]:
     """Ids that end generation: the file's own, and turn-ending control tokens its chat template uses."""
     declared = (metadata.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot", "eom"))
     ids = [token for token in declared if token is not None]
-    template = metadata.get("tokenizer.chat_template", "")
+    templates = chat_templates(metadata).values()
     tokens = metadata.get("tokenizer.ggml.tokens", ())
-    spoken = [end for end in _TURN_ENDS if end in template]
+    spoken = [end for end in _TURN_ENDS if any(end in template for template in templates)]
     if spoken:
         places = {token: index for index, token in enumerate(tokens) if token in spoken}
         ids += [places[end] for end in spoken if end in places]
@@ -123,9 +51,10 @@ def check_tokenizer(metadata: Mapping[str, Any], where: str) -> None:
     elif kind == "gpt2":
         if not metadata.get("tokenizer.ggml.merges"):
             raise BadInputError(f"{where} has a byte-level BPE tokenizer without merges", hint)
-        _pre_tokenizer(metadata, where)
+        pre_tokenizer(metadata, where)
     else:
         raise BadInputError(f"{where} has a tokenizer of kind {kind!r}; 'gpt2' and 'llama' are supported", hint)
+    _check_templates(metadata, where, hint)
     types = metadata.get("tokenizer.ggml.token_type")
     if types is not None and len(types) != len(tokens):
         raise BadInputError(f"{where} has {len(tokens):,} tokens and {len(types):,} token types", hint)
@@ -135,11 +64,46 @@ def check_tokenizer(metadata: Mapping[str, Any], where: str) -> None:
             raise BadInputError(f"{where} has {role} token id {token_id}, and only {len(tokens):,} tokens", hint)
 
 
+def check_rows(metadata: Mapping[str, Any], rows: int, where: str) -> None:
+    """Raise BadInputError where the tokenizer has a token that the embedding of ``rows`` rows has no row for.
+
+    Fewer tokens than rows are usual: embeddings are padded.
+    """
+    vocabulary = _vocabulary(metadata["tokenizer.ggml.tokens"], _token_types(metadata))
+    token, last = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
+    if last >= rows:
+        raise BadInputError(
+            f"{where} has {last + 1:,} tokens, the last {token!r}, and an embedding of {rows:,} rows",
+            "Its tokens or its weights are of another model: quantize the original model from the Hub.",
+        )
+
+
+def chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Chat templates by the file that transformers reads each from: the default one, and those that have a name."""
+    named = (
+        (key.removeprefix(_NAMED_TEMPLATE), text) for key, text in metadata.items() if key.startswith(_NAMED_TEMPLATE)
+    )
+    default = metadata.get("tokenizer.chat_template")
+    found = {"chat_template.jinja": default} if default else {}
+    return found | {f"{TEMPLATES}/{name}.jinja": text for name, text in named}
+
+
+def _check_templates(metadata: Mapping[str, Any], where: str, hint: str) -> None:
+    for key, text in metadata.items():
+        if not key.startswith(_NAMED_TEMPLATE):
+            continue
+        if not isinstance(text, str):
+            raise BadInputError(f"{where}: {key} is not text", hint)
+        # The name becomes that of a file.
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", key.removeprefix(_NAMED_TEMPLATE)):
+            raise BadInputError(f"{where} has a chat template of a name that is no word: {key!r}", hint)
+
+
 def tokenizer_files(metadata: Mapping[str, Any], architecture: str, where: str) -> dict[str, bytes]:
     """``tokenizer.json`` and the small files beside it, from GGUF metadata.
 
-    Returns file name -> content: ``tokenizer.json``, ``tokenizer_config.json``, ``generation_config.json`` and,
-    where the file has one, ``chat_template.jinja``. Raises BadInputError as ``check_tokenizer`` does.
+    Returns file name -> content: ``tokenizer.json``, ``tokenizer_config.json``, ``generation_config.json``, and the
+    chat templates that the file has. Raises BadInputError as ``check_tokenizer`` does.
     """
     check_tokenizer(metadata, where)
     if metadata["tokenizer.ggml.model"] == "gpt2":
@@ -151,31 +115,15 @@ def tokenizer_files(metadata: Mapping[str, Any], architecture: str, where: str) 
         "tokenizer_config.json": _json(_tokenizer_config(metadata, architecture, where)),
         "generation_config.json": _json(_generation_config(metadata)),
     }
-    template = metadata.get("tokenizer.chat_template")
-    if template:
-        files["chat_template.jinja"] = template.encode()
-    return files
+    return files | {name: text.encode() for name, text in chat_templates(metadata).items()}
 
 
 def _json(data: dict[str, Any], indent: int | None = 2) -> bytes:
     return (json.dumps(data, ensure_ascii=False, indent=indent) + "\n").encode()
 
 
-def _pre_tokenizer(metadata: Mapping[str, Any], where: str) -> PreTokenizer:
-    name = metadata.get("tokenizer.ggml.pre", "default")
-    if name == "default":
-        # Files older than the key, or of a converter that did not know the model: go by the architecture.
-        return _QWEN2 if metadata.get("general.architecture", "").startswith("qwen") else _GPT2
-    if name not in PRE_TOKENIZERS:
-        raise BadInputError(
-            f"{where} cuts text by pre-tokenizer {name!r}, which is not known here",
-            f"Known: {', '.join(PRE_TOKENIZERS)}. Quantize the original model from the Hub instead.",
-        )
-    return PRE_TOKENIZERS[name]
-
-
 def _byte_level(metadata: Mapping[str, Any], where: str) -> dict[str, Any]:
-    rule = _pre_tokenizer(metadata, where)
+    rule = pre_tokenizer(metadata, where)
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     types = _token_types(metadata)
     byte_level = {
@@ -352,7 +300,7 @@ def _tokenizer_config(metadata: Mapping[str, Any], architecture: str, where: str
         f"{role}_token": metadata.get(f"tokenizer.ggml.{kind}_token_id")
         for role, kind in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     }
-    adds_bos = sentencepiece or _pre_tokenizer(metadata, where).adds_bos
+    adds_bos = sentencepiece or pre_tokenizer(metadata, where).adds_bos
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{role: tokens[token] for role, token in named.items() if token is not None},

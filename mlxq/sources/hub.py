@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 from mlxq.errors import BadInputError
 from mlxq.headers import read_json
 from mlxq.retry import Waiting
+from mlxq.sources.belongings import READ, TEMPLATES, left_behind, travels
+from mlxq.sources.gguf_parts import models_in, parts_of
 from mlxq.sources.hub_errors import hub_api, not_cached
 from mlxq.sources.hub_files import Asking, cached_file, download_small, read_header
 from mlxq.sources.remote import HubModel, Reference, RemoteFile, Scratch
@@ -28,20 +30,6 @@ from mlxq.sources.safetensors import SafetensorsFolder, open_folder
 if TYPE_CHECKING:
     from mlxq.sources.gguf import GGUFSource
 
-# Files that travel with the weights, at the top of a repository: what mlx_lm fetches, and licences.
-COMPANIONS = (
-    "*.json",
-    "*.jsonl",
-    "*.jinja",
-    "*.model",
-    "*.tiktoken",
-    "*.txt",
-    "LICENSE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "README.md",
-)
-CODE = "*.py"
 INDEX = "model.safetensors.index.json"
 # What the headers are read together with; a tokenizer settings file can have a megabyte of added tokens.
 _SMALL_FILES = (
@@ -81,8 +69,16 @@ def open_hub(
     gguf = weights[0].endswith(".gguf")
     companions = [] if gguf else [n for n in files if _travels(n, trusted=trusted)]
     weight_files, companion_files = (tuple(RemoteFile(n, files[n]) for n in names) for names in (weights, companions))
+    not_taken = {} if gguf else left_behind(files, weights, trusted=trusted)
     remote = HubModel(
-        reference.repo, reference.revision or "main", commit, weight_files, companion_files, trusted, Scratch()
+        reference.repo,
+        reference.revision or "main",
+        commit,
+        weight_files,
+        companion_files,
+        not_taken,
+        trusted,
+        Scratch(),
     )
     here = {n: path for n in (*weights, *companions) if (path := cached_file(reference.repo, n, commit)) is not None}
     if all(name in here for name in (*weights, *companions)):
@@ -138,15 +134,17 @@ def _open(remote: HubModel, name: str) -> SafetensorsFolder | GGUFSource:
             from mlxq.sources.gguf import open_gguf
 
             return replace(open_gguf(remote.folder / Path(remote.weights[0].name).name, name), revision=remote.commit)
-        found = open_folder(remote.folder, name, trusted=remote.trusted)
-        return replace(found, base_model=remote.repo, revision=remote.commit)
+        found = open_folder(remote.folder, name, trusted=remote.trusted, scratch=remote.scratch)
+        return replace(found, base_model=remote.repo, revision=remote.commit, not_taken=remote.not_taken)
     except BadInputError as exc:
         raise BadInputError(exc.message.replace(str(remote.folder), remote.repo), exc.hint) from exc
 
 
 def _link(folder: Path, files: Mapping[str, Path]) -> None:
     for name, path in files.items():
-        (folder / Path(name).name).symlink_to(path.resolve())
+        link = folder / (name if _is_template(name) else Path(name).name)
+        link.parent.mkdir(exist_ok=True)
+        link.symlink_to(path.resolve())
 
 
 def _listing(asking: Asking) -> tuple[str, dict[str, int]]:
@@ -172,20 +170,20 @@ def _cached_listing(reference: Reference) -> tuple[str, dict[str, int]]:
 def _weights(asking: Asking, commit: str, files: Mapping[str, int]) -> list[str]:
     """The weight files that make up the model. Raises BadInputError where there are none mlxq reads."""
     reference, repo = asking.reference, asking.reference.repo
-    ggufs = sorted(name for name in files if name.endswith(".gguf"))
+    ggufs = models_in(name for name in files if name.endswith(".gguf"))
     if reference.file is not None:
         if reference.file not in files:
             close = difflib.get_close_matches(reference.file, ggufs, 1)
             hint = f"Did you mean {repo}/{close[0]}?" if close else _gguf_hint(repo, ggufs, files)
             raise BadInputError(f"{repo} has no file {reference.file}", hint)
-        return [reference.file]
+        return _all_parts(repo, parts_of(reference.file), files)
     names = sorted(n for n in files if fnmatch.fnmatchcase(n, "model*.safetensors") and "/" not in n)
     if names and "config.json" in files:
         return names if _is_whole(names) or INDEX not in files else _indexed(asking, commit, files)
     if len(ggufs) == 1:
-        return ggufs
+        return _all_parts(repo, next(iter(ggufs.values())), files)
     if ggufs:
-        raise BadInputError(f"{repo} holds {len(ggufs)} GGUF files: name one", _gguf_hint(repo, ggufs, files))
+        raise BadInputError(f"{repo} holds {len(ggufs)} GGUF models: name one", _gguf_hint(repo, ggufs, files))
     if names:
         raise BadInputError(f"{repo} is not a model mlxq can read: it has no config.json", "Name its base model.")
     others = sorted(n for n in files if n.endswith((".bin", ".pt", ".pth", ".safetensors", ".onnx")))
@@ -195,11 +193,25 @@ def _weights(asking: Asking, commit: str, files: Mapping[str, int]) -> list[str]
     )
 
 
-def _gguf_hint(repo: str, ggufs: Sequence[str], files: Mapping[str, int]) -> str | None:
+def _all_parts(repo: str, parts: Sequence[str], files: Mapping[str, int]) -> list[str]:
+    """``parts``, all of which a repository must hold."""
+    if missing := [name for name in parts if name not in files]:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise BadInputError(
+            f"{repo} is incomplete: of {len(parts)} parts it does not hold {missing[0]}{more}",
+            "Look for another revision, or another repository of the same model.",
+        )
+    return list(parts)
+
+
+def _gguf_hint(repo: str, ggufs: Mapping[str, Sequence[str]], files: Mapping[str, int]) -> str | None:
     if not ggufs:
         return None
-    listed = ", ".join(f"{repo}/{name} ({files[name] / 1e9:.1f} GB)" for name in ggufs[:12])
-    return f"It has {listed}" + (f" and {len(ggufs) - 12} more." if ggufs[12:] else ".")
+    listed = []
+    for name, parts in list(ggufs.items())[:12]:
+        nbytes = sum(files.get(part, 0) for part in parts)
+        listed.append(f"{repo}/{name} ({f'{len(parts)} parts, ' if parts[1:] else ''}{nbytes / 1e9:.1f} GB)")
+    return f"It has {', '.join(listed)}" + (f" and {len(ggufs) - 12} more." if len(ggufs) > 12 else ".")
 
 
 def _is_whole(names: Sequence[str]) -> bool:
@@ -223,19 +235,23 @@ def _indexed(asking: Asking, commit: str, files: Mapping[str, int]) -> list[str]
 
 
 def _travels(name: str, *, trusted: bool) -> bool:
-    """Is this a file that goes with the weights?"""
-    if "/" in name or (name.endswith(".index.json") and name != INDEX) or name == "mlxq.json":
-        return False
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*COMPANIONS, *([CODE] if trusted else ())))
+    """Is this a file that is fetched with the weights?"""
+    return name in READ or travels(name, trusted=trusted)
+
+
+def _is_template(name: str) -> bool:
+    return Path(name).parent == Path(TEMPLATES) and name.endswith(".jinja")
 
 
 def _is_small(name: str, nbytes: int) -> bool:
     return name in _SMALL_FILES and (nbytes <= _SMALL_BYTES or name == "config.json")
 
 
-def _write_stand_in(file: Path, header: bytes, nbytes: int) -> None:
-    """A sparse file with the header and the size of the real one."""
+def _write_stand_in(file: Path, pieces: Mapping[int, bytes], nbytes: int) -> None:
+    """A sparse file with some pieces of the real one, by their offset, and its size."""
     with file.open("wb") as stream:
-        stream.write(header)
+        for offset, piece in pieces.items():
+            stream.seek(offset)
+            stream.write(piece)
         stream.flush()
         os.truncate(stream.fileno(), nbytes)

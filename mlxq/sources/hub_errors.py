@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxq import __version__
 from mlxq.errors import BadInputError, MlxqError
-from mlxq.retry import TRIES, chain, is_offline, response_of, said_by
+from mlxq.retry import chain, is_offline, limited, response_of, said_by
 from mlxq.sources.remote import Reference
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def explained(exc: Exception, reference: Reference) -> MlxqError:
     if response is not None and response.status_code == 403:
         return BadInputError(f"your login may not read {repo}: {said_by(exc)}", "Ask its owner, or use another token.")
     if response is not None and response.status_code == 429:
-        return MlxqError(f"the Hub still limits how often it may be asked, after {TRIES} tries", _AGAIN)
+        return MlxqError(limited(exc), _AGAIN)
     if response is not None and response.status_code >= 500:
         return MlxqError(f"the Hub has trouble of its own: it answered {response.status_code} for {repo}", _AGAIN)
     if response is not None and response.status_code >= 400:

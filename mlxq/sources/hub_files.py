@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 from mlxq import __version__
 from mlxq.headers import MAX_HEADER_BYTES
 from mlxq.retry import Waiting, patiently, told
-from mlxq.sources.gguf_header import is_whole_header
+from mlxq.sources.gguf_header import ROPE_FREQUENCIES, is_whole_header, span_of
 from mlxq.sources.hub_errors import explained
 from mlxq.sources.remote import Reference, RemoteFile
 
@@ -21,6 +20,7 @@ from mlxq.sources.remote import Reference, RemoteFile
 _FIRST_BYTES = 16_384
 _FIRST_GGUF_BYTES = 512 << 10
 _MAX_GGUF_HEADER_BYTES = 128 << 20
+_MAX_GGUF_TENSOR_BYTES = 1 << 20
 _REQUEST_TIMEOUT_S = 20.0
 _AT_ONCE = 8
 _T = TypeVar("_T")
@@ -66,46 +66,6 @@ def counting_bar(count: Callable[[int], None]) -> Any:
     return Counting
 
 
-def resume_after_resets() -> None:
-    """Have ``huggingface_hub`` go on after a connection that was reset, as it does after one that was closed.
-
-    It resumes a download after errors of the protocol alone, and its HTTP library (httpx, or httpx2) calls a reset an
-    error of reading: the client given to it here calls both the same.
-    """
-    from huggingface_hub import get_session, set_client_factory
-
-    session = get_session()
-    if getattr(session, "resumes_after_resets", False):
-        return
-    http: Any = importlib.import_module(type(session).__module__.partition(".")[0])
-
-    class Body(http.SyncByteStream):  # type: ignore[misc]
-        def __init__(self, inner: Any) -> None:
-            self.inner = inner
-
-        def __iter__(self) -> Iterator[bytes]:
-            try:
-                yield from self.inner
-            except http.ReadError as exc:
-                raise http.RemoteProtocolError(str(exc)) from exc
-
-        def close(self) -> None:
-            self.inner.close()
-
-    class Client(http.Client):  # type: ignore[misc]
-        resumes_after_resets = True
-
-        def send(self, request: Any, **how: Any) -> Any:
-            response = super().send(request, **how)
-            response.stream = Body(response.stream)
-            return response
-
-    def client() -> Any:
-        return Client(event_hooks=session.event_hooks, follow_redirects=True, timeout=None)
-
-    set_client_factory(client)
-
-
 def download_small(repo: str, name: str, commit: str) -> Path:
     """A small file, from the cache or into it."""
     from huggingface_hub import hf_hub_download
@@ -113,8 +73,8 @@ def download_small(repo: str, name: str, commit: str) -> Path:
     return Path(hf_hub_download(repo, name, revision=commit, tqdm_class=counting_bar(lambda _: None)))
 
 
-def read_header(repo: str, commit: str, file: RemoteFile) -> bytes:
-    """The start of a weight file, as far as its header goes."""
+def read_header(repo: str, commit: str, file: RemoteFile) -> dict[int, bytes]:
+    """Pieces of a weight file by their offset: its start, as far as its header goes, and what is read with it."""
     from huggingface_hub import hf_hub_url
 
     url = hf_hub_url(repo, file.name, revision=commit)
@@ -124,12 +84,15 @@ def read_header(repo: str, commit: str, file: RemoteFile) -> bytes:
         while len(raw) < most and not is_whole_header(raw):
             raw += _read_range(url, len(raw), min(most, len(raw) + more))
             more = len(raw)
-        return raw
+        start, stop = span_of(raw, ROPE_FREQUENCIES)
+        if len(raw) >= stop or stop - start > _MAX_GGUF_TENSOR_BYTES or stop > file.nbytes:
+            return {0: raw}
+        return {0: raw, start: _read_range(url, start, stop)}
     raw = _read_range(url, 0, min(file.nbytes, _FIRST_BYTES))
     end = 8 + struct.unpack("<Q", raw[:8])[0] if len(raw) >= 8 else 0
     if len(raw) < end <= min(file.nbytes, MAX_HEADER_BYTES):
         raw += _read_range(url, len(raw), end)
-    return raw
+    return {0: raw}
 
 
 def _read_range(url: str, start: int, stop: int) -> bytes:

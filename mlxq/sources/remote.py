@@ -6,6 +6,7 @@ import re
 import shutil
 import tempfile
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,8 @@ class HubModel:
     """Where a model's weights still are, and what of the repository is needed.
 
     ``revision`` is as it was named, ``commit`` what it means.
-    ``weights`` and ``companions`` (config, tokenizer, licence) are all of it. ``trusted`` says
+    ``weights`` and ``companions`` (config, tokenizer, licence) are all of it; ``not_taken`` is what else
+    the repository holds, and why it is left there. ``trusted`` says
     that its own Python files may run. ``scratch`` holds the headers as sparse files, and the small companions.
     """
 
@@ -51,6 +53,7 @@ class HubModel:
     commit: str
     weights: tuple[RemoteFile, ...]
     companions: tuple[RemoteFile, ...]
+    not_taken: Mapping[str, str]
     trusted: bool
     scratch: Scratch
 

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, TypeAlias
 from mlxq.errors import BadInputError
 from mlxq.retry import Waiting, told
 from mlxq.sources.base import ModelSource
+from mlxq.sources.gguf import open_gguf
+from mlxq.sources.gguf_parts import models_in
 from mlxq.sources.safetensors import open_folder
 
 if TYPE_CHECKING:
@@ -37,11 +39,13 @@ def resolve(
         return told(sample.open_sample(sample.SAMPLE, sample.sample_folder()), on_event)
     path = Path(model).expanduser()
     if path.is_dir():
+        ggufs = models_in(file.name for file in path.glob("*.gguf"))
+        if len(ggufs) == 1 and not any(path.glob("model*.safetensors")):
+            # Some part of it is here; the first may be missing.
+            return open_gguf(path / next(iter(ggufs)), model)
         return open_folder(path, model, trusted=trusted)
     if path.is_file():
         if path.suffix == ".gguf":
-            from mlxq.sources.gguf import open_gguf
-
             return open_gguf(path, model)
         raise BadInputError(
             f"{model} is a file that is not GGUF",

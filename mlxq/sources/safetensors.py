@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError
 from mlxq.headers import StoredTensor, read_file_header, read_json
+from mlxq.sources.belongings import LINK, OPENED, TEMPLATES, check_stays, left_behind, stays, travels
+from mlxq.sources.card import SourceCard, card_in
 from mlxq.sources.quantization import Quantization, believed, stated_quantization
 from mlxq.tensors import TensorSpec
 
@@ -18,28 +20,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from mlxq.sources.remote import HubModel, Scratch
-
-# Files that are weights or belong to other runtimes; everything else beside config.json travels along.
-_NOT_SIDECARS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".npz",
-    ".mlmodel",
-)
-_NOT_SIDECAR_NAMES = {
-    "config.json",
-    "mlxq.json",
-    "model.safetensors.index.json",
-    "pytorch_model.bin.index.json",
-    "hf_quant_config.json",
-    "recipe.yaml",
-}
 
 
 def pread_exactly(descriptor: int, nbytes: int, offset: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -80,7 +60,11 @@ _NUMPY_DTYPES = {
 
 @dataclass(frozen=True)
 class SafetensorsFolder:
-    """A model folder, satisfying ``ModelSource``. ``scratch`` keeps a temporary ``folder`` in place."""
+    """A model folder, satisfying ``ModelSource``.
+
+    ``scratch`` keeps a temporary ``folder`` of mlxq's own links in place; ``not_taken`` is what of its repository is
+    not in it, and why.
+    """
 
     name: str
     folder: Path
@@ -92,6 +76,7 @@ class SafetensorsFolder:
     kind: str = "safetensors"
     remote: HubModel | None = None
     scratch: Scratch | None = None
+    not_taken: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def weights_folder(self) -> Path:
@@ -107,6 +92,10 @@ class SafetensorsFolder:
     def weight_files(self) -> tuple[Path, ...]:
         """The files that hold the weights, sorted."""
         return tuple(sorted({tensor.file for tensor in self.stored.values()}))
+
+    def file_of(self, name: str) -> Path:
+        """The weight file that holds tensor ``name``."""
+        return self.stored[name].file
 
     @property
     def stored_bytes(self) -> int:
@@ -125,16 +114,37 @@ class SafetensorsFolder:
 
     @property
     def sidecars(self) -> dict[str, Path | bytes]:
-        """Top-level files that are neither weights, config nor documentation assets."""
+        """The files of the folder that travel with the weights."""
         return {
-            file.name: file
-            for file in sorted(self.folder.iterdir())
-            if file.is_file()
-            and not file.name.startswith(".")
-            and file.name != "README.md"
-            and file.name not in _NOT_SIDECAR_NAMES
-            and file.suffix.lower() not in _NOT_SIDECARS
+            name: self.folder / name
+            for name in _files_of(self.folder)
+            if travels(name, trusted=self.trusted) and self._is_own(name)
         }
+
+    @property
+    def left_behind(self) -> dict[str, str]:
+        """Files of the folder that do not travel, and what of its repository was not taken."""
+        names = _files_of(self.folder)
+        weights = [file.name for file in self.weight_files]
+        return {
+            **self.not_taken,
+            **left_behind(names, weights, trusted=self.trusted),
+            **{name: LINK for name in names if not name.startswith(".") and not self._is_own(name)},
+        }
+
+    @property
+    def card(self) -> SourceCard:
+        """What the folder's ``README.md`` gives a new card; nothing where that is a link out of the folder."""
+        return card_in(self.folder) if self._is_own("README.md") else SourceCard({})
+
+    @property
+    def own_recipe(self) -> None:
+        """Safetensors hold no blocks to follow."""
+        return
+
+    def _is_own(self, name: str) -> bool:
+        # The links of a scratch folder are mlxq's own, and lead into the cache.
+        return self.scratch is not None or stays(self.folder / name, self.folder)
 
     def read_rows(self, name: str, start: int, stop: int) -> npt.NDArray[Any]:
         """Rows ``start:stop`` of tensor ``name``; see ``ModelSource.read_rows``."""
@@ -161,11 +171,18 @@ class SafetensorsFolder:
         raise AssertionError(f"{name} has no blocks to repack")
 
 
-def open_folder(folder: Path, name: str, *, trusted: bool = False) -> SafetensorsFolder:
+def _files_of(folder: Path) -> list[str]:
+    """The files at the top of a model's folder and its further chat templates, by their path in it, sorted."""
+    found = (*folder.iterdir(), *(folder / TEMPLATES).glob("*.jinja"))
+    return sorted(file.relative_to(folder).as_posix() for file in found if file.is_file())
+
+
+def open_folder(folder: Path, name: str, *, trusted: bool = False, scratch: Scratch | None = None) -> SafetensorsFolder:
     """Open a model folder by its headers; ``trusted`` where its own Python files may run.
 
-    Reads the files ``mlx_lm`` would read (``model*.safetensors``). Raises BadInputError where the folder is not a
-    model, or where the index names files that are not there.
+    Reads the files ``mlx_lm`` would read (``model*.safetensors``). ``scratch`` is given where the folder is a temporary
+    one of mlxq's own links. Raises BadInputError where the folder is not a model, where the index names files that are
+    not there, or where what is read is a link out of the folder.
     """
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -173,8 +190,10 @@ def open_folder(folder: Path, name: str, *, trusted: bool = False) -> Safetensor
         if any(folder.glob("*.gguf")):
             hint = f"It holds GGUF files; name one of them, such as {next(iter(sorted(folder.glob('*.gguf'))))}."
         raise BadInputError(f"{folder} is not a model folder: it has no config.json", hint)
-    config = read_json(config_file)
     files = sorted(folder.glob("model*.safetensors"))
+    if scratch is None:
+        check_stays([*(folder / file for file in (*OPENED, "generation_config.json")), *files], folder)
+    config = read_json(config_file)
     if not files:
         others = [p.name for p in folder.glob("*") if p.suffix in {".bin", ".pt", ".pth", ".safetensors"}]
         raise BadInputError(
@@ -204,4 +223,4 @@ def open_folder(folder: Path, name: str, *, trusted: bool = False) -> Safetensor
             stored[tensor.spec.name] = tensor
     if not stored:
         raise BadInputError(f"{folder} holds no tensors")
-    return SafetensorsFolder(name, folder, believed(config, stored), stored, trusted=trusted)
+    return SafetensorsFolder(name, folder, believed(config, stored), stored, trusted=trusted, scratch=scratch)

@@ -128,7 +128,7 @@ class HubFile:
     def fetch(self, work: Path) -> Generator[Downloading | Waiting, None, Path]:
         """Download it through ``huggingface_hub``. Raises MlxqError where that fails."""
         file = RemoteFile(self.name, self.nbytes)
-        remote = HubModel(self.repo, self.commit, self.commit, (file,), (), trusted=False, scratch=Scratch())
+        remote = HubModel(self.repo, self.commit, self.commit, (file,), (), {}, trusted=False, scratch=Scratch())
         paths = yield from Transfer(remote, remote.weights, into=work).wait()
         return paths[self.name]
 

@@ -31,7 +31,7 @@ class DiskUse:
     low_disk: bool
 
 
-def disk_use(plan: Plan, out: Path, *, low_disk: bool = False, trust_remote_code: bool = False) -> DiskUse:
+def disk_use(plan: Plan, out: Path, *, low_disk: bool = False) -> DiskUse:
     """Reckon it from the plan and the headers. Raises BadInputError where the plan cannot be made with low disk."""
     from huggingface_hub import constants
 
@@ -49,15 +49,15 @@ def disk_use(plan: Plan, out: Path, *, low_disk: bool = False, trust_remote_code
     written = plan.file_bytes + sum(file.nbytes for file in remote.companions)
     if not low_disk:
         return DiskUse(download, download, cache, written, output, len(remote.weights), False)
-    held = most_held_bytes(steps_by_shard(plan, trust_remote_code=trust_remote_code))
+    held = most_held_bytes(steps_by_shard(plan))
     return DiskUse(download, held, output, written, output, len(remote.weights), True)
 
 
-def check_disk(plan: Plan, out: Path, *, low_disk: bool = False, trust_remote_code: bool = False) -> None:
+def check_disk(plan: Plan, out: Path, *, low_disk: bool = False) -> None:
     """Raise MlxqError where the free disk does not hold what is to be fetched and written."""
     if plan.source.remote is None:
         return
-    use = disk_use(plan, out, low_disk=low_disk, trust_remote_code=trust_remote_code)
+    use = disk_use(plan, out, low_disk=low_disk)
     partial = out.with_name(out.name + ".partial")
     taken = sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file()) if partial.is_dir() else 0
     wanted = {use.output: use.output_bytes - taken}
@@ -74,16 +74,16 @@ def check_disk(plan: Plan, out: Path, *, low_disk: bool = False, trust_remote_co
         raise MlxqError(
             f"{folder} needs room for {parts}, and has {free + max(taken, 0):,} bytes free: "
             f"{nbytes - free:,} bytes are missing",
-            _way_out(plan, out, use, trust_remote_code=trust_remote_code),
+            _way_out(plan, out, use),
         )
 
 
-def _way_out(plan: Plan, out: Path, use: DiskUse, *, trust_remote_code: bool) -> str:
+def _way_out(plan: Plan, out: Path, use: DiskUse) -> str:
     elsewhere = "Free some space, choose another -o, or set HF_HUB_CACHE to a folder on a larger disk."
     if use.low_disk:
         return elsewhere
     try:
-        small = disk_use(plan, out, low_disk=True, trust_remote_code=trust_remote_code)
+        small = disk_use(plan, out, low_disk=True)
     except BadInputError:
         return elsewhere
     if small.source_bytes >= use.source_bytes:

@@ -99,9 +99,7 @@ def blocks_of(step: Step) -> list[Block]:
     ]
 
 
-def execute(
-    plan: Plan, folder: PartialFolder, *, steps: Sequence[Step] | None = None, trust_remote_code: bool = False
-) -> Iterator[Written]:
+def execute(plan: Plan, folder: PartialFolder, *, steps: Sequence[Step] | None = None) -> Iterator[Written]:
     """Write every tensor of ``plan``, or of some ``steps`` of it, that the journal does not have, yielding progress.
 
     Raises MlxqError where a source cannot be read or the disk is full; finished steps stay in the journal.
@@ -115,7 +113,7 @@ def execute(
     total = plan.weight_bytes
     written = sum(spec.nbytes for step in plan.steps if step.path in folder.done for spec in step.outputs)
     remaining = Counter({step.path: len(blocks_of(step)) for step in todo})
-    work = _Work(plan, folder, todo, trust_remote_code=trust_remote_code)
+    work = _Work(plan, folder, todo)
     previous_cache = mx.set_cache_limit(CACHE_BYTES)
     threads = [threading.Thread(target=work.encode_all, name=f"mlxq-{i}") for i in range(worker_count())]
     threads.append(threading.Thread(target=work.assemble_all, name="mlxq-assembler"))
@@ -151,10 +149,9 @@ def execute(
 class _Work:
     """What the threads share: the blocks to encode, where their bytes go, and the events they report."""
 
-    def __init__(self, plan: Plan, folder: PartialFolder, todo: list[Step], *, trust_remote_code: bool) -> None:
+    def __init__(self, plan: Plan, folder: PartialFolder, todo: list[Step]) -> None:
         self.plan = plan
         self.folder = folder
-        self.trust_remote_code = trust_remote_code
         self.guided = [step for step in todo if step.guided]
         self.to_assemble = [step for step in todo if step.source is None and not step.guided]
         self.straight: queue.SimpleQueue[Block] = queue.SimpleQueue()
@@ -187,7 +184,7 @@ class _Work:
     def _held_steps(self) -> Iterator[tuple[Step, Held]]:
         """Assembled steps, then those that calibration guides, each when the one before has been written."""
         if self.to_assemble:
-            assembler = _Assembler(self.plan, self.to_assemble, trust_remote_code=self.trust_remote_code)
+            assembler = _Assembler(self.plan, self.to_assemble)
             for step in self.to_assemble:
                 if not self._is_vacant():
                     return
@@ -195,7 +192,7 @@ class _Work:
         if self.guided:
             steps = {step.path: step for step in self.guided}
             encoders = {s.path: (named(s.method, s.format), s.format) for s in self.guided if s.format}
-            for path, weight, guide in guided_weights(self.plan, encoders, trust_remote_code=self.trust_remote_code):
+            for path, weight, guide in guided_weights(self.plan, encoders):
                 if not self._is_vacant():
                     return
                 yield steps[path], Held({"weight": as_matrix(weight)}, {"weight": "F32"}, None, guide)
@@ -283,13 +280,13 @@ class _Work:
 class _Assembler:
     """Parameters that ``sanitize`` makes from several tensors, lazy until taken; each is let go once taken."""
 
-    def __init__(self, plan: Plan, steps: list[Step], *, trust_remote_code: bool) -> None:
+    def __init__(self, plan: Plan, steps: list[Step]) -> None:
         import mlx.nn as nn
         from mlx.utils import tree_flatten
 
         folder = plan.source.weights_folder
         assert folder is not None, "a plan assembles only from folders mlx_lm can open"
-        model, _ = open_lazily(folder, plan.source.name, trust_remote_code=trust_remote_code)
+        model, _ = open_lazily(folder, plan.source.name, trusted=plan.source.trusted)
         wanted = {step.path: step for step in steps}
         leaves = dict(tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module))
         self.arrays: dict[str, dict[str, mx.array]] = {}

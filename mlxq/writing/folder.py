@@ -171,10 +171,12 @@ class PartialFolder:
         }
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4) + "\n", encoding="utf-8")
         for name, content in plan.source.sidecars.items():
+            file = self.folder / name
+            file.parent.mkdir(exist_ok=True)
             if isinstance(content, bytes):
-                (self.folder / name).write_bytes(content)
+                file.write_bytes(content)
             else:
-                shutil.copyfile(content, self.folder / name)
+                shutil.copyfile(content, file)
 
     def publish(self) -> None:
         """Flush to disk and rename to ``out``; an older ``out`` is removed only after the new one stands."""

@@ -21,7 +21,6 @@ from mlxq.sources.base import ModelSource
 from mlxq.sources.download import Downloading, Transfer
 from mlxq.sources.hub import partly_opened
 from mlxq.sources.remote import RemoteFile
-from mlxq.sources.safetensors import SafetensorsFolder
 from mlxq.writing.execute import Written, execute
 from mlxq.writing.folder import PartialFolder
 
@@ -35,9 +34,7 @@ class ShardSteps:
     dropped: tuple[str, ...]
 
 
-def steps_by_shard(
-    plan: Plan, done: Collection[str] = (), *, trust_remote_code: bool = False
-) -> tuple[ShardSteps, ...]:
+def steps_by_shard(plan: Plan, done: Collection[str] = ()) -> tuple[ShardSteps, ...]:
     """The order in which shards are fetched, for the steps whose path is not in ``done``.
 
     Raises BadInputError where the plan needs the weights more than once.
@@ -48,7 +45,7 @@ def steps_by_shard(
     position = {file.name: number for number, file in enumerate(remote.weights)}
     by_last: dict[int, list[Step]] = defaultdict(list)
     last_use: dict[str, int] = {}
-    for step, needed in _shards_needed(plan, trust_remote_code=trust_remote_code):
+    for step, needed in _shards_needed(plan):
         if step.path in done:
             continue
         last = max((position[name] for name in needed), default=0)
@@ -84,16 +81,14 @@ def most_held_bytes(planned: tuple[ShardSteps, ...]) -> int:
     return most
 
 
-def execute_by_shards(
-    plan: Plan, folder: PartialFolder, *, trust_remote_code: bool = False
-) -> Iterator[Written | Downloading | Waiting]:
+def execute_by_shards(plan: Plan, folder: PartialFolder) -> Iterator[Written | Downloading | Waiting]:
     """``execute`` with the weights fetched as they are needed and dropped after.
 
     Raises MlxqError where the Hub or the disk fails; finished steps and complete shards stay for the next run.
     """
     remote = plan.source.remote
     assert remote is not None, "the weights are here already"
-    planned = steps_by_shard(plan, folder.done, trust_remote_code=trust_remote_code)
+    planned = steps_by_shard(plan, folder.done)
     place = folder.source_folder
     place.mkdir(exist_ok=True)
     _drop_what_is_not_needed(place, {part.shard.name for part in planned})
@@ -106,7 +101,7 @@ def execute_by_shards(
             coming = Transfer(remote, [following.shard], place) if following else None
             if part.steps:
                 local = plan.with_source(partly_opened(remote, plan.source.name, here))
-                yield from execute(local, folder, steps=part.steps, trust_remote_code=trust_remote_code)
+                yield from execute(local, folder, steps=part.steps)
             for name in part.dropped:
                 here.pop(name).unlink()
     finally:
@@ -124,7 +119,7 @@ def _drop_what_is_not_needed(place: Path, needed: Collection[str]) -> None:
             file.unlink()
 
 
-def _shards_needed(plan: Plan, *, trust_remote_code: bool) -> Iterator[tuple[Step, frozenset[str]]]:
+def _shards_needed(plan: Plan) -> Iterator[tuple[Step, frozenset[str]]]:
     """Each step, and the weight files that hold what it is made from."""
     made_from: Mapping[str, frozenset[str]] = {}
     if any(step.source is None for step in plan.steps):
@@ -142,6 +137,5 @@ def _shards_needed(plan: Plan, *, trust_remote_code: bool) -> Iterator[tuple[Ste
 def _file_of(source: ModelSource, tensor: str) -> str:
     """The weight file that holds a tensor, by its name in the repository."""
     assert source.remote is not None
-    if isinstance(source, SafetensorsFolder):
-        return source.stored[tensor].file.name
-    return source.remote.weights[0].name
+    name = source.file_of(tensor).name
+    return next(file.name for file in source.remote.weights if Path(file.name).name == name)

@@ -15,8 +15,11 @@ from mlxq.errors import BadInputError
 from mlxq.files import sha256_file
 from mlxq.headers import encode_header, read_json
 from mlxq.metrics.size import Size
+from mlxq.places import without_places
 from mlxq.planning.plan import Decision, Plan
+from mlxq.recipe.model import Recipe
 from mlxq.sources.base import ModelSource
+from mlxq.sources.belongings import TEMPLATES
 
 FILE_NAME = "mlxq.json"
 SCHEMA_VERSION = 1
@@ -49,6 +52,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "bits_per_weight": plan.bits_per_weight,
         "modules": [_module(decision) for decision in plan.decisions],
         "left_out": [asdict(part) for part in plan.architecture.left_out],
+        "left_behind": dict(plan.source.left_behind),
         "notes": list(plan.notes),
         "budget": plan.spending,
     }
@@ -72,23 +76,26 @@ def _module(decision: Decision) -> dict[str, Any]:
 def build_report(
     plan: Plan,
     size: Size,
-    options: Mapping[str, bool],
     timings: Mapping[str, float],
     peak_memory_bytes: int,
     files: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
-    """Everything ``mlxq.json`` holds. Timings are in seconds; ``files`` is what ``hash_files`` says of the folder."""
+    """Everything ``mlxq.json`` holds, fit to be published.
+
+    Timings are in seconds; ``files`` is what ``hash_files`` says of the folder.
+    """
     facts = plan_facts(plan)
-    return {
+    report = {
         "schema": "mlxq.report",
         "schema_version": SCHEMA_VERSION,
         "versions": versions(),
         "source": facts["source"],
         "recipe": facts["recipe"],
         "uncalibrated": facts["uncalibrated"],
-        "options": dict(options),
+        "options": plan.options,
         "modules": facts["modules"],
         "left_out": facts["left_out"],
+        "left_behind": facts["left_behind"],
         "notes": facts["notes"],
         "budget": facts["budget"],
         "metrics": {
@@ -102,6 +109,14 @@ def build_report(
         "timings_s": dict(timings),
         "files": dict(files),
     }
+    return shareable(report, plan.recipe)
+
+
+def shareable(report: Mapping[str, Any], recipe: Recipe | None = None) -> dict[str, Any]:
+    """The report as the world may read it: without where on this machine its model, recipe and texts lie."""
+    known = () if recipe is None else (recipe.path, recipe.model, recipe.output, *recipe.calibration.texts)
+    shown: dict[str, Any] = without_places(report, [path for path in known if path])
+    return shown
 
 
 def hash_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
@@ -113,10 +128,12 @@ def hash_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[str
 
     known = known or {}
     skipped = {FILE_NAME, FILE_NAME + ".new", "journal.jsonl", "lock"}
-    files = sorted(f for f in folder.iterdir() if f.is_file() and f.name not in skipped)
+    inside = (*folder.iterdir(), *(folder / TEMPLATES).glob("*"))
+    names = sorted(f.relative_to(folder).as_posix() for f in inside if f.is_file() and f.name not in skipped)
     with ThreadPoolExecutor(2) as pool:
-        digests = pool.map(lambda f: known.get(f.name) or sha256_file(f), files)
-        return {f.name: {"bytes": f.stat().st_size, "sha256": d} for f, d in zip(files, digests, strict=True)}
+        digests = pool.map(lambda name: known.get(name) or sha256_file(folder / name), names)
+        sizes = [(folder / name).stat().st_size for name in names]
+        return {n: {"bytes": b, "sha256": d} for n, b, d in zip(names, sizes, digests, strict=True)}
 
 
 def versions() -> dict[str, str]:
@@ -128,7 +145,7 @@ def versions() -> dict[str, str]:
 
 def report_bytes(report: Mapping[str, Any]) -> bytes:
     """A ``mlxq.json`` as it is stored."""
-    return (json.dumps(report, indent=2) + "\n").encode()
+    return (json.dumps(shareable(report), indent=2) + "\n").encode()
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
@@ -148,3 +165,16 @@ def read_report(file: Path) -> dict[str, Any]:
     if int(report.get("schema_version", 0)) > SCHEMA_VERSION:
         raise BadInputError(f"{file} was written by a newer mlxq ({report['versions']['mlxq']})", "Update mlxq.")
     return report
+
+
+def check_trust(report: Mapping[str, Any], what: str, *, trusted: bool) -> None:
+    """Raise BadInputError where ``what`` was made with code of the model's own, which the person has not ``trusted``.
+
+    A report is a file like any other: it tells that trust was given once, and gives none.
+    """
+    options = report.get("options")
+    if isinstance(options, Mapping) and options.get("trust_remote_code") and not trusted:
+        raise BadInputError(
+            f"{what} was made with --trust-remote-code, and a file cannot say that the model's own code may run",
+            "Read that code; if you trust it, add --trust-remote-code.",
+        )

@@ -34,12 +34,13 @@ from pathlib import Path
 from mlxq.machine.blas import load_blas
 load_blas()
 import numpy as np, mlx.core as mx
-from mlxq.comparison.measure import folder_candidate
+from mlxq.comparison.measure import stored_candidate
 from mlxq.metrics.faithfulness import measure_faithfulness
 from mlxq.metrics.evaluation import evaluation_model
 from mlxq.metrics.reference import build_reference
+from mlxq.sources.safetensors import open_folder
 folder, ids = sys.argv[1], np.array(json.load(sys.stdin), dtype=np.int32)
-candidate = folder_candidate("m", Path(folder))
+candidate = stored_candidate("m", open_folder(Path(folder), folder))
 model = evaluation_model(candidate.load())
 batches = [(mx.array(ids[:, :-1]), mx.array(ids[:, 1:]))]
 def drain(steps):

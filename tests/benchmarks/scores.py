@@ -38,14 +38,15 @@ def main() -> None:
     from mlxq.calibration.tokens import calibration_text
     from mlxq.methods.affine_fit import affine_fit
     from mlxq.methods.formats import Format
-    from mlxq.pipeline import Options, prepare
+    from mlxq.pipeline import prepare
     from mlxq.recipe.load import budget_recipe
+    from mlxq.sources.resolve import resolve
 
     def encoded(path: str, weight: mx.array, fmt: Format, *_: Any) -> mx.array:
         return fmt.decode(affine_fit(weight, fmt).arrays())
 
     recipe = budget_recipe({"bpw": 4.5}, [f"calibration={{tokens: {arguments.tokens}}}"])
-    draft = prepare(recipe, arguments.model, Options())
+    draft = prepare(recipe, resolve(arguments.model))
     formats = tuple(Format(bits, 64) for bits in arguments.bits)
     chance = random.Random(0)
     assignments = []
