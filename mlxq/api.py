@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from mlxq.comparison.measure import Candidate, Comparison, Measuring, Settings
     from mlxq.machine.devices import Device
     from mlxq.machine.memory import Fit
-    from mlxq.pipeline import Allocated, Finished, Resumed
+    from mlxq.pipeline import Allocated, Finished, Remark, Resumed
     from mlxq.planning.plan import Plan, Stored
     from mlxq.publish.check import Checked
     from mlxq.publish.publish import Doing, Published
@@ -38,7 +38,17 @@ if TYPE_CHECKING:
     from mlxq.writing.execute import Written
 
     Event: TypeAlias = (
-        Waiting | Fetching | Downloading | Scoring | Resumed | Written | Measuring | Comparison | Checked | Doing
+        Waiting
+        | Fetching
+        | Downloading
+        | Scoring
+        | Remark
+        | Resumed
+        | Written
+        | Measuring
+        | Comparison
+        | Checked
+        | Doing
     )
 
 OnEvent: TypeAlias = "Callable[[Event], None]"

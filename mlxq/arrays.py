@@ -8,6 +8,19 @@ if TYPE_CHECKING:
     import mlx.core as mx
     import numpy.typing as npt
 
+# By stored dtype, the least bits, sign left out, that are no finite number: infinity where the dtype has one
+# (IEEE 754), else NaN (OCP 8-bit floating point specification 1.0 for E4M3; E8M0 has no sign either).
+NOT_FINITE: dict[str, int] = {
+    "F16": 0x7C00,
+    "BF16": 0x7F80,
+    "F32": 0x7F80_0000,
+    "F64": 0x7FF0_0000_0000_0000,
+    "F8_E5M2": 0x7C,
+    "F8_E4M3": 0x7F,
+    "F8_E8M0": 0xFF,
+}
+_WITHOUT_INFINITY = ("F8_E4M3", "F8_E8M0")
+
 
 def to_mlx(rows: Any, dtype: str) -> mx.array:
     """A numpy block as an MLX array of the stored dtype (BF16 comes as its 16 bits)."""
@@ -54,3 +67,30 @@ def all_finite(array: mx.array) -> mx.array:
     }[array.dtype]
     minus_infinity = infinity | 1 << (8 * array.itemsize - 1)
     return (array.view(signed).max() < infinity) & (array.view(unsigned).max() < mx.array(minus_infinity, unsigned))
+
+
+def rows_finite(rows: npt.NDArray[Any], dtype: str) -> bool:
+    """Whether no number of a numpy block of a stored ``dtype`` is NaN or infinite; integers never are.
+
+    As ``all_finite``, on the bytes as they were read: nothing is copied.
+    """
+    if dtype not in NOT_FINITE or not rows.size:
+        return True
+    width, limit = 8 * rows.dtype.itemsize, NOT_FINITE[dtype]
+    unsigned = rows.view(f"uint{width}")
+    if dtype == "F8_E8M0":
+        return bool(unsigned.max() < limit)
+    return bool(rows.view(f"int{width}").max() < limit and unsigned.max() < (limit | 1 << (width - 1)))
+
+
+def nan_and_infinity(rows: npt.NDArray[Any], dtype: str) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Where a numpy block of a stored float ``dtype`` is NaN, and where it is infinite, as booleans of its shape."""
+    import numpy as np
+
+    width, limit = 8 * rows.dtype.itemsize, NOT_FINITE[dtype]
+    size = rows.view(f"uint{width}")
+    if dtype != "F8_E8M0":
+        size = size & np.asarray((1 << (width - 1)) - 1, size.dtype)
+    if dtype in _WITHOUT_INFINITY:
+        return size >= limit, np.zeros(size.shape, bool)
+    return size > limit, size == limit

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.errors import BadInputError
+from mlxq.files import refuse_pointer
 from mlxq.tensors import DTYPE_BITS, TensorSpec
 
 # A header larger than this is refused by the reference implementation too.
@@ -104,6 +105,8 @@ def read_file_header(file: Path) -> Iterator[StoredTensor]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         head = stream.read(8)
+        refuse_pointer(file, head + stream.read(120))
+        stream.seek(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
         raw = head + stream.read(min(length, MAX_HEADER_BYTES, size))
     for spec, offset in parse_header(raw, size, str(file)).values():
@@ -129,7 +132,9 @@ def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> b
 def read_json(file: Path) -> dict[str, Any]:
     """Read a JSON object, or raise BadInputError naming the file and line."""
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        raw = file.read_bytes()
+        refuse_pointer(file, raw)
+        data = json.loads(raw.decode("utf-8"))
     except UnicodeDecodeError as exc:
         raise BadInputError(f"{file} is not UTF-8 text") from exc
     except json.JSONDecodeError as exc:

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.architecture.bind import bind
-from mlxq.architecture.opening import open_lazily
 from mlxq.budget.scoring import Scoring
 from mlxq.budget.spend import Spending, spend
 from mlxq.calibration.streamed import not_sequential
-from mlxq.errors import BadInputError, MlxqError, RecipeError
-from mlxq.headers import read_file_header
+from mlxq.errors import BadInputError, RecipeError
 from mlxq.machine.runtime import peak_rss_bytes
 from mlxq.methods.formats import Format
 from mlxq.methods.registry import uses_text
@@ -29,20 +27,30 @@ from mlxq.retry import Waiting
 from mlxq.sources.base import ModelSource
 from mlxq.sources.download import Downloading, fetch, fetch_companions
 from mlxq.sources.gguf_parts import model_name
+from mlxq.sources.unchanged import check_unchanged
 from mlxq.writing.disk_space import check_disk
 from mlxq.writing.execute import Written, execute
 from mlxq.writing.folder import PartialFolder
 from mlxq.writing.low_disk import execute_by_shards
 from mlxq.writing.report import build_report, check_trust, hash_files, source_facts, write_report
+from mlxq.writing.standing import check_output
+from mlxq.writing.verify import check_companions, check_written
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """An interrupted run was found: ``step_count`` parameters were finished, or it was of another plan."""
+    """An interrupted run was found: ``step_count`` parameters were finished, or it was ``discarded``, in words."""
 
     step_count: int
-    discarded: bool
+    discarded: str | None
     folder: Path
+
+
+@dataclass(frozen=True)
+class Remark:
+    """Something that a person should know of what is being made."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,9 @@ def prepare(recipe: Recipe, source: ModelSource, stored: Stored = Stored.AS_IS, 
 def allocated_plan(draft: Plan, *, measure_curve: bool = False) -> Iterator[Scoring | Allocated]:
     """Spend the budget of ``draft``: progress, then the plan with every format chosen.
 
-    Raises BadInputError where the budget is too small.
+    Raises BadInputError where the budget is too small, or the tokenizer does not fit the weights.
     """
+    check_companions(draft)
     for event in spend(draft, _presets(draft), measure_curve=measure_curve):
         if isinstance(event, Scoring):
             yield event
@@ -122,77 +131,41 @@ def with_weights(plan: Plan, out: Path, *, low_disk: bool = False) -> Generator[
 
 def run(
     plan: Plan, out: Path, *, force: bool = False, low_disk: bool = False
-) -> Iterator[Written | Resumed | Downloading | Waiting | Finished]:
+) -> Iterator[Written | Resumed | Downloading | Waiting | Remark | Finished]:
     """Write ``plan`` to ``out``, yielding progress; the last event is ``Finished``.
 
     What is still on the Hub is fetched first, or with ``low_disk`` shard by shard as it is needed.
 
-    Raises BadInputError where ``out`` exists and ``force`` is not given, MlxqError where the run fails; what is
-    finished by then stays in ``out.partial`` and the same call continues from it.
+    Raises BadInputError where ``out`` exists and ``force`` is not given, or what travels along does not fit the
+    weights (``check_companions``); MlxqError where the run fails, or what it wrote is not whole. What is finished by
+    then stays in ``out.partial``, and the same call continues from it.
     """
     began = time.perf_counter()
-    check_output(plan, out, force=force)
+    check_output(plan.source, out, force=force)
     plan = yield from with_weights(plan, out, low_disk=low_disk)
+    if remark := check_companions(plan):
+        yield Remark(remark)
     with PartialFolder(plan, out, force=force) as partial:
         if partial.found.done or partial.found.discarded:
-            yield Resumed(len(partial.found.done), partial.found.discarded, partial.folder)
+            yield Resumed(len(partial.found.done), partial.found.discarded, partial.place)
         write = execute if plan.source.remote is None else execute_by_shards
         yield from write(plan, partial)
         executed = time.perf_counter()
         peak = peak_rss_bytes()
         partial.write_sidecars()
-        verify(plan, partial.folder)
+        check_written(plan, partial.folder)
         verified = time.perf_counter()
         timings = {"execute": executed - began, "verify": verified - executed}
         size = measure_size(partial.folder)
         files = hash_files(partial.folder, partial.shard_sha256())
         report = build_report(plan, size, timings, peak, files)
+        report["notes"] += [remark] if remark else []
         report["card"] = dict(plan.source.card.values)
         write_card(report, partial.folder, out.name)
         write_report(report, partial.folder)
+        check_unchanged(plan.source)
         partial.publish()
     yield Finished(out, report)
-
-
-def check_output(plan: Plan, out: Path, *, force: bool) -> None:
-    """Raise BadInputError for an ``out`` that cannot be made, or whose replacement would take other things with it."""
-    if out.name in ("", ".."):
-        raise BadInputError(f"{out} is no name for a new folder", "Give it one: -o NAME.")
-    target = out.resolve()
-    files = [] if plan.source.remote else plan.source.weight_files
-    if any(target in (path, *path.parents) for file in files for path in (file.absolute(), file.resolve())):
-        raise BadInputError(f"{out} holds the model that it would be made from", "Choose another -o.")
-    if not (out.exists() or out.is_symlink()):
-        return
-    if not force:
-        raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-    if out.is_symlink():
-        raise BadInputError(f"{out} is a link, and --force replaces only a folder", f"Name the folder: -o {target}.")
-    if not out.is_dir() or not ((out / "config.json").is_file() or not any(out.iterdir())):
-        raise BadInputError(
-            f"{out} is not a model folder, and --force replaces nothing else", "Remove it, or choose another -o."
-        )
-
-
-def verify(plan: Plan, folder: Path) -> None:
-    """Check a written folder against its plan: headers, sizes, and that ``mlx_lm`` takes it.
-
-    Raises MlxqError at the first difference.
-    """
-    planned = {spec.name: spec for step in plan.steps for spec in step.outputs}
-    found = {}
-    for shard in plan.shards:
-        file = folder / shard.file
-        if file.stat().st_size != shard.nbytes:
-            raise MlxqError(f"{file} has {file.stat().st_size:,} bytes where {shard.nbytes:,} were planned")
-        found.update({tensor.spec.name: tensor.spec for tensor in read_file_header(file)})
-    if found != planned:
-        wrong = sorted(set(found.items()) ^ set(planned.items()), key=lambda item: item[0])[0][0]
-        raise MlxqError(f"{folder}: tensor {wrong} is not what was planned")
-    try:
-        open_lazily(folder, str(folder), trusted=plan.source.trusted)
-    except BadInputError as exc:
-        raise MlxqError(f"the output does not load: {exc.message}", f"It is kept in {folder} for a look.") from exc
 
 
 def recorded_model(report: Mapping[str, Any]) -> str:
@@ -244,11 +217,11 @@ def _check_texts(recipe: Recipe) -> None:
             )
 
 
-def differing_files(report: dict[str, Any], locked: dict[str, Any]) -> tuple[str, ...]:
-    """Files of a rebuilt folder whose bytes differ from those recorded; the card carries the folder's name."""
-    skipped = {"README.md"}
-    return tuple(
-        name
-        for name, facts in locked["files"].items()
-        if name not in skipped and report["files"].get(name, {}).get("sha256") != facts["sha256"]
-    )
+def compared_files(report: Mapping[str, Any], locked: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Files of a rebuilt folder whose bytes are those recorded, and those that differ.
+
+    The card is not compared: it carries the folder's name.
+    """
+    recorded = {name: facts["sha256"] for name, facts in locked["files"].items() if name != "README.md"}
+    same = tuple(n for n, digest in recorded.items() if report["files"].get(n, {}).get("sha256") == digest)
+    return same, tuple(name for name in recorded if name not in same)

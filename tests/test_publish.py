@@ -16,12 +16,13 @@ import pytest
 
 from mlxq.errors import BadInputError, MlxqError, RecipeError
 from mlxq.publish import card
-from mlxq.publish.check import PLOT, Checked, check_folder
+from mlxq.publish.check import Checked, check_folder
 from mlxq.publish.publish import Published, publish
 from mlxq.recipe.load import load_recipe, recipe_from_dict
 from mlxq.recipe.target import Target
 from mlxq.retry import Waiting
 from mlxq.sources.resolve import resolve
+from mlxq.writing.verify import PLOT
 from tests.checkpoints import llama
 from tests.hub_server import READ_TOKEN, TOKEN, USER, Hub
 

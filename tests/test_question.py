@@ -70,7 +70,7 @@ def nan(folder: Path) -> None:
 
 HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no tokenizer": (no_tokenizer, "its tokenizer is missing"),
-    "a pointer for a tokenizer": (lfs_pointer, "its tokenizer does not load: JSONDecodeError"),
+    "a pointer for a tokenizer": (lfs_pointer, "is a Git LFS pointer, not the file itself"),
     "settings of the wrong shape": (
         lambda folder: (folder / "tokenizer_config.json").write_text("[]"),
         "its tokenizer does not load: ",

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlxq import upstream
 from mlxq.architecture.config import first_int
 from mlxq.errors import BadInputError
+from mlxq.files import refuse_pointer, refuse_pointers
 
 if TYPE_CHECKING:
     from mlxq.sources.base import ModelSource
@@ -69,6 +70,7 @@ def _json_sidecar(sidecars: Mapping[str, Path | bytes], name: str) -> dict[str, 
     if content is None:
         return {}
     raw = content if isinstance(content, bytes) else content.read_bytes()
+    refuse_pointer(name, raw)
     try:
         data = json.loads(raw)
     except ValueError as exc:
@@ -88,6 +90,7 @@ def encode_text(source: ModelSource, text: str) -> Encoding:
     from tokenizers import Tokenizer
 
     raw = content if isinstance(content, bytes) else content.read_bytes()
+    refuse_pointer("tokenizer.json", raw)
     try:
         tokenizer = Tokenizer.from_str(raw.decode("utf-8"))
     except Exception as exc:  # tokenizers raises bare Exception for whatever is wrong with the file.
@@ -110,6 +113,7 @@ def source_tokenizer(source: ModelSource, whose: str) -> Any:
     """The tokenizer of a source, from the files that travel with it and no others; see ``open_tokenizer``."""
     with tempfile.TemporaryDirectory(prefix="mlxq-tokenizer-") as temporary:
         folder = Path(temporary)
+        refuse_pointers(source.sidecars)
         for name, content in source.sidecars.items():
             file = folder / name
             file.parent.mkdir(exist_ok=True)
@@ -129,6 +133,7 @@ def open_tokenizer(folder: Path, whose: str, *, trusted: bool = False, eos_token
         raise BadInputError(
             f"{whose} tokenizer is missing: there are no tokenizer files", "Add the original's tokenizer files."
         )
+    refuse_pointers({file.name: file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)})
     try:
         return upstream.load_tokenizer(folder, trusted=trusted, eos_token_ids=eos_token_ids)
     except Exception as exc:  # Whatever a tokenizer's files make it raise means: does not load.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq import upstream
+from mlxq.architecture.token_ids import check_ids, rows_of_model
 from mlxq.errors import BadInputError
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def sample_from(
     import mlx.core as mx
     import numpy as np
 
+    vocabulary = rows_of_model(model)
+    check_ids([start_token], vocabulary, "its start token")
     key = mx.random.key(seed)
     rows = []
     for begin in range(0, sequences, batch):
@@ -113,7 +116,8 @@ def sample_from(
         for _ in range(sequence_tokens):
             key, now = mx.random.split(key)
             logits = model(last, cache=cache)[:, -1].astype(mx.float32)
-            last = mx.random.categorical(logits, key=now)[:, None].astype(mx.int32)
+            # A head may be wider than the embedding; what only it has can't be read again.
+            last = mx.random.categorical(logits[:, :vocabulary], key=now)[:, None].astype(mx.int32)
             mx.eval(last, [entry.state for entry in cache])
             drawn.append(last)
         rows.append(np.array(mx.concatenate(drawn, axis=1)))

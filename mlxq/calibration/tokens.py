@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlxq.architecture.token_ids import check_ids, rows_of
 from mlxq.architecture.tokenizer import source_tokenizer
 from mlxq.calibration.streamed import StreamedModel
 from mlxq.calibration.text import SELF, TextInfo, TokenizedText, corpus_text, read_texts, sample_from, tokenize
@@ -39,6 +40,7 @@ def calibration_text(calibration: Calibration, streamed: StreamedModel) -> Calib
     Raises BadInputError for a text that is missing or too short.
     """
     text = _text(calibration, streamed, _tokenizer_of(streamed.source))
+    check_ids(text.ids, rows_of(streamed.architecture), f"{streamed.source.name}: its tokenizer")
     ids = text.ids
     held_rows = min(len(ids) // HOLD_OUT_EVERY, HELD_OUT_TOKENS // SEQUENCE_TOKENS)
     held = {i * HOLD_OUT_EVERY + HOLD_OUT_EVERY - 1 for i in range(held_rows)} or {len(ids) - 1}

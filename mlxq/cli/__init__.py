@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mlxq import __version__
-from mlxq.cli import compare, convert, env, inspect, quantize, recipes, upload
+from mlxq.cli import compare, convert, env, inspect, quantize, recipes, upload, verify
 
 app = typer.Typer(
     name="mlxq",
@@ -41,6 +41,7 @@ app.command("inspect")(inspect.command)
 app.command("convert")(convert.command)
 app.command("quantize")(quantize.command)
 app.command("compare")(compare.command)
+app.command("verify")(verify.command)
 app.command("upload")(upload.command)
 app.add_typer(recipes.app, name="recipes")
 app.command("env")(env.command)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from mlxq.show.console import console
@@ -13,8 +15,6 @@ if TYPE_CHECKING:
     from mlxq.planning.plan import Plan
     from mlxq.sources.base import ModelSource
 
-_KEPT = "stopped; files that are complete stay in the cache, and the same command continues with the others"
-
 
 def find_model(model: str, *, trusted: bool = False, tokenizer: bool = False) -> ModelSource:
     """Open a model by its headers, telling what is waited for; its own code may run where it is ``trusted``."""
@@ -24,16 +24,32 @@ def find_model(model: str, *, trusted: bool = False, tokenizer: bool = False) ->
         return api.find_model(model, trusted=trusted, tokenizer=tokenizer, on_event=tell)
 
 
-def brought(plan: Plan, out: Path) -> Plan:
-    """The same plan with the files of its source here, fetched with progress where they are on the Hub."""
+def brought(source: ModelSource) -> ModelSource:
+    """The same source with its files here, fetched with progress where it is on the Hub."""
+    from mlxq import api
+
+    with _kept(), watching() as tell:
+        return api.brought(source, on_event=tell)
+
+
+def brought_for(plan: Plan, out: Path) -> Plan:
+    """The same plan with its source here, fetched where the disk has room for it and for ``out``."""
     from mlxq.pipeline import with_weights
     from mlxq.retry import told
 
     if plan.source.remote is None:
         return plan
+    with _kept(), watching() as tell:
+        return told(with_weights(plan, out), tell)
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    """Ctrl-C says what becomes of what was fetched."""
     try:
-        with watching() as tell:
-            return told(with_weights(plan, out), tell)
+        yield
     except KeyboardInterrupt:
-        console.warn(_KEPT)
+        console.warn(
+            "stopped; files that are complete stay in the cache, and the same command continues with the others"
+        )
         raise

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mlxq.cli.options import Json, Quiet, TrustRemoteCode
+
+if TYPE_CHECKING:
+    from mlxq.sources.base import ModelSource
+    from mlxq.sources.soundness import Unsound
 
 
 def command(
@@ -28,13 +33,16 @@ def command(
         str | None, typer.Option("--recipe", help="Plan this recipe on the model, exactly, and show why.")
     ] = None,
     why: Annotated[str, typer.Option("--why", help="With --recipe: only modules this pattern matches.")] = "*",
+    check: Annotated[
+        bool, typer.Option("--check", help="Read it all, list the tensors with NaN or infinity; exit code 1 if any.")
+    ] = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Show what is in a model and whether it fits.
 
-    Reads headers only, no weights.
+    Reads headers only, no weights, except with --check.
 
     Example: mlxq inspect ./my-model --device mac-m4 --context 8192
     """
@@ -50,9 +58,9 @@ def command(
     if recipe is None and why != "*":
         raise BadInputError("--why explains what a recipe decides", "Add --recipe.")
     if recipe is not None:
-        if layers or match is not None or text is not None or device is not None:
+        if layers or match is not None or text is not None or device is not None or check:
             raise BadInputError(
-                "--recipe shows a plan, which --layers, --match, --text and --device do not change",
+                "--recipe shows a plan, which --layers, --match, --text, --device and --check do not change",
                 "Leave them out, or leave out --recipe.",
             )
         from mlxq.cli.writing import show_plan
@@ -74,14 +82,16 @@ def command(
         return
     from mlxq import api
     from mlxq.architecture.tokenizer import encode_text
-    from mlxq.show import inspection_tables
+    from mlxq.show import inspection_tables, verify_tables
 
     source = find_model(model, trusted=trust_remote_code, tokenizer=text is not None)
+    unsound = _read_through(source) if check else None
     found = api.inspected(source, context, device)
     encoding = encode_text(source, text) if text is not None else None
     modules = inspection_tables.chosen_modules(found.inspection, match)
     if console.as_json:
-        console.json(inspection_tables.inspection_facts(found, modules, encoding))
+        console.json(inspection_tables.inspection_facts(found, modules, encoding, unsound))
+        _refuse(unsound, model)
         return
     console.show(inspection_tables.inspection_table(found.inspection))
     console.show(inspection_tables.module_table(modules, folded=not layers))
@@ -90,3 +100,35 @@ def command(
     console.show(inspection_tables.fit_heading(found.device, context))
     console.show(inspection_tables.fit_table(found.fits, found.device))
     console.note(f"Sizes are estimates from the headers. To the byte: mlxq quantize RECIPE --model {model} --dry-run")
+    if unsound:
+        console.show(verify_tables.unsound_table(unsound))
+    elif unsound is not None:
+        console.show("Every number is finite.")
+    _refuse(unsound, model)
+
+
+def _read_through(source: ModelSource) -> tuple[Unsound, ...]:
+    """The tensors with NaN or infinity, with progress; a model on the Hub is fetched first."""
+    from mlxq.cli.fetching import brought
+    from mlxq.show.meters import progress
+    from mlxq.sources.soundness import Unsound, read_through
+    from mlxq.writing.verify import scale_codes
+
+    source = brought(source)
+    found = []
+    with progress("Reading") as meter:
+        for event in read_through(source, scale_codes(source)):
+            if isinstance(event, Unsound):
+                found.append(event)
+            else:
+                meter.update(event.done_bytes, event.total_bytes, event.finished)
+    return tuple(found)
+
+
+def _refuse(unsound: Sequence[Unsound] | None, name: str) -> None:
+    """Raise MlxqError where there is an unsound tensor."""
+    from mlxq.errors import MlxqError
+
+    if unsound:
+        what = "a tensor holds" if len(unsound) == 1 else f"{len(unsound):,} tensors hold"
+        raise MlxqError(f"{name}: {what} NaN or infinity: {unsound[0]}", "It is damaged: fetch or convert it again.")

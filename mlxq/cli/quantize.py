@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -209,7 +209,8 @@ def _finish(job: _Job, finished: Finished) -> None:
     from mlxq.cli.compare import check_gates_of
 
     if job.recorded is not None:
-        _check_same(job, finished)
+        assert job.locked is not None
+        _compare_rebuilt(finished, job.recorded, job.locked)
     check_gates_of(job.plan, job.out)
     if job.target is not None:
         from mlxq.cli.upload import publish_made
@@ -217,19 +218,20 @@ def _finish(job: _Job, finished: Finished) -> None:
         publish_made(job.out, job.target, trusted=job.plan.source.trusted)
 
 
-def _check_same(job: _Job, finished: Finished) -> None:
-    """Raise MlxqError where a rebuilt model differs from the one recorded."""
+def _compare_rebuilt(finished: Finished, recorded: Mapping[str, Any], locked: Path) -> None:
+    """Say that a rebuilt folder holds the bytes that ``locked`` records. Raises MlxqError where it does not."""
     from mlxq.errors import MlxqError
-    from mlxq.pipeline import differing_files
+    from mlxq.pipeline import compared_files
+    from mlxq.show.console import console
 
-    assert job.recorded is not None
-    differing = differing_files(finished.report, job.recorded)
+    same, differing = compared_files(finished.report, recorded)
     if not differing:
+        console.note(f"rebuilt: {len(same)} files, byte for byte as recorded in {locked}")
         return
-    theirs, ours = job.recorded["versions"], finished.report["versions"]
+    theirs, ours = recorded["versions"], finished.report["versions"]
     changed = [f"{name} {theirs.get(name)}, here {ours.get(name)}" for name in ours if theirs.get(name) != ours[name]]
     raise MlxqError(
-        f"{job.out} differs from what {job.locked} records in {', '.join(differing)}",
+        f"{finished.out} differs from what {locked} records in {', '.join(differing)}",
         f"It was made with {'; '.join(changed)}." if changed else "The versions are the same: the source differs.",
     )
 

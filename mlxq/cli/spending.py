@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxq.cli.fetching import brought
+from mlxq.cli.fetching import brought_for
 from mlxq.show.console import console
 from mlxq.show.watch import watching
 
@@ -21,7 +21,7 @@ def spend_budget(draft: Plan, out: Path, *, measure_curve: bool) -> tuple[Plan, 
     for remark in draft.remarks:
         console.warn(remark)
     with watching() as tell:
-        allocated = api.spent(brought(draft, out), out, measure_curve=measure_curve, on_event=tell)
+        allocated = api.spent(brought_for(draft, out), out, measure_curve=measure_curve, on_event=tell)
     return allocated.plan, allocated.spending
 
 

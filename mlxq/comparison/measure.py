@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxq.architecture.opening import open_lazily
+from mlxq.architecture.token_ids import check_ids, rows_of_model
 from mlxq.architecture.tokenizer import source_tokenizer
 from mlxq.calibration.text import (
     SELF,
@@ -243,6 +244,7 @@ def compare(
     model = evaluation_model(reference.load())
     yield Measuring("text", reference.name, 0, 1, None, None)
     text = _text(model, tokenizer, settings)
+    check_ids(text.ids, rows_of_model(model), f"{reference.name}'s tokenizer")
     batches = _batches(text, _vocabulary(model))
     held = yield from _watched(
         build_reference(model, [tokens for tokens, _ in batches]),
@@ -266,7 +268,7 @@ def compare(
     for candidate in candidates:
         speed, not_timed = yield from _timed(candidate, settings)
         found = yield from _watched(
-            measure_faithfulness(held, evaluation_model(candidate.load()), batches),
+            measure_faithfulness(held, _reads(text, candidate), batches),
             "faithfulness",
             candidate.name,
             text.info.tokens,
@@ -286,6 +288,13 @@ def compare(
         )
         done = replace(done, results=tuple(results), complete=len(results) == len(candidates) + 1)
         yield done
+
+
+def _reads(text: TokenizedText, candidate: Candidate) -> nn.Module:
+    """A candidate's model, whose embedding has a row for every token of ``text``."""
+    model = evaluation_model(candidate.load())
+    check_ids(text.ids, rows_of_model(model), f"{candidate.name}: the reference's tokenizer")
+    return model
 
 
 def is_tied(found: Faithfulness, floor: Faithfulness) -> bool:

@@ -28,7 +28,8 @@ class Mode:
     its codes. ``nearest`` gives the codes of numbers in units of the scale; None where codes are unsigned integers
     that ``scale * code + bias`` turns into weights. ``scale_codes`` says what stored scales stand for; None where what
     lies beside the codes is floats of the model's own dtype. ``tensor_scale`` names the one number for a whole tensor
-    that may be there too.
+    that may be there too. ``coarsest`` is the widest gap between neighbouring numbers over the largest (E2M1: 2 of 6,
+    E4M3: 32 of 448), times how far apart scales are (E8M0: 2, E4M3: 9/8); None where gaps are all the same.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Mode:
     nearest: Callable[[mx.array], mx.array] | None = None
     scale_codes: ScaleCodes | None = None
     tensor_scale: str | None = None
+    coarsest: float | None = None
 
     @property
     def default(self) -> Format:
@@ -55,9 +57,11 @@ MODES: dict[str, Mode] = {
     mode.name: mode
     for mode in (
         AFFINE,
-        Mode("mxfp4", (4,), (32,), ("scales",), nearest_e2m1, E8M0),
-        Mode("nvfp4", (4,), (16,), ("scales",), nearest_e2m1, E4M3, tensor_scale="global_scale"),
-        Mode("mxfp8", (8,), (32,), ("scales",), nearest_e4m3, E8M0),
+        Mode("mxfp4", (4,), (32,), ("scales",), nearest_e2m1, E8M0, coarsest=2 / 6 * 2),
+        Mode(
+            "nvfp4", (4,), (16,), ("scales",), nearest_e2m1, E4M3, tensor_scale="global_scale", coarsest=2 / 6 * 9 / 8
+        ),
+        Mode("mxfp8", (8,), (32,), ("scales",), nearest_e4m3, E8M0, coarsest=32 / 448 * 2),
     )
 }
 
@@ -184,6 +188,18 @@ class Format:
             return mx.stack([self.dequantize({**e, scale_name: scales[i]}, dtype) for i, e in enumerate(experts)])
         how: dict[str, Any] = {**beside, **self.as_config(), "dtype": dtype}
         return mx.dequantize(parts["weight"], **how)
+
+    def steps(self, weight: mx.array) -> mx.array:
+        """The widest gap between the numbers that each group of ``weight`` (rows, columns) may become: (rows, groups).
+
+        Rounding is off by half of it at most where scales are exact.
+        """
+        import mlx.core as mx
+
+        groups = weight.reshape(weight.shape[0], -1, self.group_size)
+        if self.kind.coarsest is None:
+            return mx.divide(groups.max(-1) - groups.min(-1), 2**self.bits - 1)
+        return mx.multiply(mx.abs(groups).max(-1), self.kind.coarsest)
 
     def decode(self, parts: Mapping[str, mx.array]) -> mx.array:
         """The float32 weights that ``parts`` stand for: scales and biases as stored, arithmetic not rounded to them."""

@@ -8,17 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxq.architecture.opening import open_lazily
 from mlxq.errors import BadInputError
 from mlxq.recipe.target import Target, target_faults
-from mlxq.sources.front_matter import FILE_NAME as CARD
+from mlxq.writing import contract
 from mlxq.writing.report import FILE_NAME, check_trust, hash_files, read_report
+from mlxq.writing.verify import DRAWN, foreign_files, recorded_faults, standing_faults
 
-PLOT = "mlxq-comparison.png"
-# Written anew at each upload, so what their hashes were says nothing.
-DRAWN = (CARD, PLOT)
 # What mlx-lm would load beside the new weights, were it left from an earlier upload.
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+WEIGHTS = (contract.WEIGHTS, contract.INDEX)
 
 
 @dataclass(frozen=True)
@@ -62,26 +59,17 @@ def check_folder(folder: Path, *, force: bool = False, trusted: bool = False) ->
     check_trust(report, str(folder), trusted=trusted)
     recorded: dict[str, dict[str, Any]] = report["files"]
     found = hash_files(folder)
-    problems = [
-        f"{name} is missing" if name not in found else f"{name} is not what was written: its SHA-256 differs"
-        for name, facts in recorded.items()
-        if name not in DRAWN and found.get(name, {}).get("sha256") != facts["sha256"]
-    ]
-    foreign = [name for name in found if name not in recorded and name not in DRAWN]
-    weights = [name for name in foreign if fnmatch.fnmatch(name, WEIGHTS[0])]
-    problems += [f"{name} holds weights that mlxq did not write" for name in weights]
+    problems = list(recorded_faults(report, found))
     if not problems or force:
-        try:
-            open_lazily(folder, str(folder), trusted=trusted)
-        except BadInputError as exc:
-            problems.append(f"it does not load: {exc.message}")
+        # Bytes that are those recorded hold the numbers that were looked at when they were written.
+        problems += standing_faults(folder, trusted=trusted)
     if problems and not force:
         raise BadInputError(
             "\n".join(f"{folder}: {problem}" for problem in problems),
             "Make it again, or publish it as it is with --force.",
         )
-    files = {name: facts for name, facts in found.items() if name in recorded or name in weights}
-    left_out = tuple(name for name in foreign if name not in weights)
+    files = {name: facts for name, facts in found.items() if name in recorded or fnmatch.fnmatch(name, WEIGHTS[0])}
+    left_out = foreign_files(report, found)
     kept = {name: facts for name, facts in files.items() if name not in DRAWN}
     return Checked(folder, report, kept, _plot(report), tuple(problems), left_out)
 

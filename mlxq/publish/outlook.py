@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from mlxq.errors import BadInputError
 from mlxq.places import place_in
 from mlxq.publish import card
-from mlxq.publish.check import PLOT, WEIGHTS, Checked
+from mlxq.publish.check import WEIGHTS, Checked
 from mlxq.publish.hub import HubFile, Remote, git_hash, hub_api, remote_state, remote_text
 from mlxq.recipe.target import Target
 from mlxq.sources.front_matter import FILE_NAME as CARD
 from mlxq.sources.front_matter import as_text
 from mlxq.writing.report import FILE_NAME, report_bytes, shareable
+from mlxq.writing.verify import PLOT
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

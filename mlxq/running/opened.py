@@ -15,6 +15,7 @@ from typing import Any
 
 from mlxq import upstream
 from mlxq.architecture.opening import open_lazily
+from mlxq.architecture.token_ids import check_ids, rows_of_model
 from mlxq.architecture.tokenizer import open_tokenizer
 from mlxq.errors import MlxqError
 from mlxq.machine.child import Limits
@@ -29,7 +30,7 @@ class Opened:
 
     model: Any
     tokenizer: Any
-    rows: int
+    rows: int | None
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,9 @@ def open_folder(folder: Path, *, trusted: bool = False) -> Opened:
 
     Raises BadInputError where ``mlx_lm`` cannot open the model or its tokenizer.
     """
-    from mlx.utils import tree_flatten
-
     model, config = open_lazily(folder, folder.name, trusted=trusted)
     tokenizer = open_tokenizer(folder, "its", trusted=trusted, eos_token_ids=config.get("eos_token_id"))
-    leaves = tree_flatten(model.leaf_modules(), is_leaf=lambda node: hasattr(node, "parameters"))
-    rows = [int(leaf.weight.shape[0]) for _, leaf in leaves if "Embedding" in type(leaf).__name__ and "weight" in leaf]
-    return Opened(model, tokenizer, max(rows, default=0))
+    return Opened(model, tokenizer, rows_of_model(model))
 
 
 def prompt_tokens(
@@ -96,8 +93,7 @@ def prompt_tokens(
         raise MlxqError(f"{what} gives no list of token ids")
     if not tokens:
         raise MlxqError(f"{what} makes no tokens of the prompt")
-    if max(tokens) >= opened.rows:
-        raise MlxqError(f"{what} gives token id {max(tokens)}, and the model's embedding has {opened.rows} rows")
+    check_ids(tokens, opened.rows, what)
     return tokens
 
 

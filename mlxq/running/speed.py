@@ -134,8 +134,9 @@ def time_model(request: dict[str, Any]) -> dict[str, Any]:
     mx.eval(opened.model.parameters())
     load_s = opening_s + time.perf_counter() - began
     load_peak = mx.get_peak_memory()
-    # Token ids that any vocabulary has; the same for every model. Generation is not to stop at an end token.
-    prompt = [1 + (7 * i) % 97 for i in range(settings.prompt_tokens)]
+    # Ids that the embedding has, the same for every model of 98 rows and more. No end token stops the generation.
+    spread = max(1, min(97, (opened.rows or 98) - 1))
+    prompt = [1 + (7 * i) % spread for i in range(settings.prompt_tokens)]
     timings = _time_trials(opened.model, prompt, settings)
     peak, active = mx.get_peak_memory(), mx.get_active_memory()
     prompt_tps = [settings.prompt_tokens / first for first, _ in timings]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from mlxq.architecture.tokenizer import Encoding
     from mlxq.machine.devices import Device
     from mlxq.machine.memory import Fit
+    from mlxq.sources.soundness import Unsound
 
 
 def chosen_modules(found: Inspection, pattern: str | None) -> tuple[InspectedModule, ...]:
@@ -119,8 +120,13 @@ def encoding_table(encoding: Encoding) -> Table:
     return table
 
 
-def inspection_facts(found: Inspected, modules: Sequence[InspectedModule], encoding: Encoding | None) -> dict[str, Any]:
-    """The inspection as data, for ``--json``."""
+def inspection_facts(
+    found: Inspected,
+    modules: Sequence[InspectedModule],
+    encoding: Encoding | None,
+    unsound: Sequence[Unsound] | None = None,
+) -> dict[str, Any]:
+    """The inspection as data, for ``--json``; ``unsound`` is None where the weights were not read."""
     facts = asdict(found.inspection)
     del facts["config"]
     facts["modules"] = [asdict(module) for module in modules]
@@ -131,4 +137,5 @@ def inspection_facts(found: Inspected, modules: Sequence[InspectedModule], encod
         "device": {**asdict(found.device), "usable_bytes": found.device.usable_bytes},
         "recipes": {name: asdict(reckoned) for name, reckoned in found.fits},
         "encoding": asdict(encoding) if encoding else None,
+        "unsound": None if unsound is None else [asdict(tensor) for tensor in unsound],
     }

@@ -49,7 +49,7 @@ class _Watcher:
     def tell(self, event: Event) -> None:
         from mlxq.budget.scoring import Scoring
         from mlxq.comparison.measure import Comparison, Measuring
-        from mlxq.pipeline import Resumed
+        from mlxq.pipeline import Remark, Resumed
         from mlxq.publish.check import Checked
         from mlxq.publish.publish import Doing
         from mlxq.retry import Waiting
@@ -63,6 +63,7 @@ class _Watcher:
             Downloading: self._downloading,
             Written: self._written,
             Resumed: self._resumed,
+            Remark: lambda e: console.warn(e.text),
             Scoring: self._scoring,
             Measuring: lambda e: self._stages("Comparing").update(f"{e.stage}: {e.model}", e.done, e.total, e.eta_s),
             Comparison: self._compared,
@@ -108,7 +109,7 @@ class _Watcher:
 
     def _resumed(self, event: Any) -> None:
         if event.discarded:
-            console.warn(f"{event.folder} held work on another plan; it was started afresh")
+            console.warn(f"{event.folder} held {event.discarded}; it was started afresh")
         else:
             console.note(f"continuing {event.folder}: {event.step_count} tensors were finished")
 

@@ -70,7 +70,12 @@ def repack(blocks: Bytes, ggml_type: str, name: str) -> dict[str, npt.NDArray[An
         with np.errstate(over="ignore", invalid="ignore"):
             biases = (scales.astype(np.float32) * -zero).astype(np.float16)
         body = fields[..., 2:]
-    if not (np.isfinite(scales).all() and np.isfinite(biases).all()):
+    if not np.isfinite(scales).all() or (ggml_type in ("Q4_1", "Q5_1") and not np.isfinite(biases).all()):
+        raise MlxqError(
+            f"{name}: a {ggml_type} block has a scale that is NaN or infinite",
+            "The source is damaged: fetch or convert it again. mlxq inspect --check lists all such tensors.",
+        )
+    if not np.isfinite(biases).all():
         raise MlxqError(
             f"{name}: a {ggml_type} block has a scale too large for MLX's float16 offsets",
             "Quantize the file anew instead of keeping its blocks.",

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.errors import BadInputError
+from mlxq.files import refuse_pointer
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -194,13 +195,15 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
+        refuse_pointer(path, stream.read(128))
+        stream.seek(0)
         begins = stream.read(4)
         if begins in _OLDER_MAGICS:
             raise BadInputError(f"{path} is {_OLDER_MAGICS[begins]}, a format before GGUF", _OTHERWISE)
         if begins != MAGIC:
             raise BadInputError(
                 f"{path} is not a GGUF file: it does not start with {MAGIC.decode()}",
-                "Download it again if it should be one; a Git LFS pointer or a web page is often saved instead.",
+                "Download it again if it should be one; a web page is often saved instead.",
             )
         with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:

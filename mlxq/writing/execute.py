@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlxq import upstream
 from mlxq.architecture.opening import open_lazily
-from mlxq.arrays import all_finite, as_bytes, as_matrix, to_mlx
+from mlxq.arrays import all_finite, as_bytes, as_matrix, rows_finite, to_mlx
 from mlxq.calibration.guided import guided_weights
 from mlxq.errors import MlxqError
 from mlxq.methods.formats import Format
@@ -28,6 +28,7 @@ from mlxq.methods.registry import named
 from mlxq.planning.plan import Plan, Step
 from mlxq.tensors import DTYPE_BITS, FLOAT_DTYPES, TensorSpec
 from mlxq.writing.folder import PartialFolder
+from mlxq.writing.numbers import damaged, encoded_whole, spoilt
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -237,7 +238,7 @@ class _Work:
 
         step = block.step
         if block.held is not None:
-            return self._encode(_held_rows(block.held, block), step, block.start, _guide_of(block))
+            return self._encode(block, _held_rows(block.held, block))
         assert step.source is not None
         if step.repacked:
             parts = self.plan.source.read_repacked(step.source, block.start, block.stop)
@@ -249,26 +250,47 @@ class _Work:
         rows = self.plan.source.read_rows(step.source, block.start, block.stop)
         stored = self.plan.source.tensors[step.source].dtype
         if step.format is None and stored == step.spec.dtype:
-            return self._put(step.spec, np.ascontiguousarray(rows).data.cast("B"), block.start)
-        return self._encode(to_mlx(rows, stored), step, block.start)
+            rows = np.ascontiguousarray(rows)
+            if not rows_finite(rows, stored) and (error := damaged(step.spec, rows, stored, block.start)):
+                raise error
+            return self._put(step.spec, rows.data.cast("B"), block.start)
+        return self._encode(block, to_mlx(rows, stored))
 
-    def _encode(self, rows: mx.array, step: Step, start: int, guide: Guide | None = None) -> int:
-        """Cast ``rows`` (n, columns), quantize them where the step says so, write them from row ``start``."""
+    def _as_read(self, block: Block) -> mx.array:
+        """A block's rows in float32, before anything is done to them: for an error to say what was."""
         import mlx.core as mx
 
-        rows = rows.astype(getattr(mx, FLOAT_DTYPES[step.spec.dtype])) if step.spec.dtype in FLOAT_DTYPES else rows
+        step = block.step
+        if block.held is not None:
+            return _held_rows(block.held, block, exactly=True).astype(mx.float32)
+        assert step.source is not None
+        stored = self.plan.source.tensors[step.source].dtype
+        rows = self.plan.source.read_rows(step.source, block.start, block.stop)
+        return to_mlx(rows, stored).astype(mx.float32)
+
+    def _encode(self, block: Block, rows: mx.array) -> int:
+        """Cast ``rows`` (n, columns) of a block, quantize them where its step says so, and write them.
+
+        Raises MlxqError where they are no numbers, or would be none when cast or quantized.
+        """
+        import mlx.core as mx
+
+        step = block.step
+        if step.spec.dtype not in FLOAT_DTYPES or not rows.size:
+            return self._put(step.spec, as_bytes(rows), block.start)
+        rows = rows.astype(getattr(mx, FLOAT_DTYPES[step.spec.dtype]))
+        parts, whole = {"weight": rows}, all_finite(rows)
+        if step.format is not None:
+            guide = _guide_of(block) or Guide()
+            parts = named(step.method, step.format).encode(rows, step.format, guide).arrays()
+            # Most encoders make ordinary numbers of NaN, and the damage would not show.
+            whole = whole & encoded_whole(step.format, parts)
+        mx.eval(parts, whole)
+        if not whole.item() and (error := spoilt(step, self._as_read(block), rows, parts, block.start)):
+            raise error
         if step.format is None:
-            return self._put(step.spec, as_bytes(rows), start)
-        parts = named(step.method, step.format).encode(rows, step.format, guide or Guide()).arrays()
-        finite = all_finite(rows)
-        mx.eval(parts, finite)
-        if not finite.item():
-            # Most encoders make ordinary numbers of them, and the damage would not show.
-            raise MlxqError(
-                f"{step.path} holds NaN or infinity in its rows {start:,} to {start + rows.shape[0] - 1:,}",
-                "The source is damaged: fetch or convert it again; or leave this module alone with keep: true.",
-            )
-        return sum(self._put(spec, as_bytes(parts[spec.name.rpartition(".")[2]]), start) for spec in step.outputs)
+            return self._put(step.spec, as_bytes(rows), block.start)
+        return sum(self._put(spec, as_bytes(parts[spec.name.rpartition(".")[2]]), block.start) for spec in step.outputs)
 
     def _put(self, spec: TensorSpec, data: memoryview, start_row: int) -> int:
         file, offset = self.places[spec.name]
@@ -319,8 +341,8 @@ def _guide_of(block: Block) -> Guide | None:
     return guide.of_expert(block.start // block.step.spec.shape[-2])
 
 
-def _held_rows(held: Held, block: Block) -> mx.array:
-    """A block's rows as numbers, in the step's dtype where they are stored quantized."""
+def _held_rows(held: Held, block: Block, *, exactly: bool = False) -> mx.array:
+    """A block's rows as numbers, where they are stored quantized in the step's dtype, or ``exactly`` in float32."""
     import mlx.core as mx
 
     if held.stored is None:
@@ -333,6 +355,8 @@ def _held_rows(held: Held, block: Block) -> mx.array:
             parts[name] = to_mlx(array.reshape(-1)[expert], held.dtypes[name])
         else:
             parts[name] = to_mlx(array[block.start : block.stop], held.dtypes[name])
+    if exactly:
+        return held.stored.decode(parts)
     return held.stored.dequantize(parts, getattr(mx, FLOAT_DTYPES[block.step.spec.dtype]))
 
 
