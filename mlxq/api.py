@@ -23,9 +23,8 @@ from mlxq.retry import Waiting, told
 
 if TYPE_CHECKING:
     from mlxq.architecture.inspection import Inspection
-    from mlxq.budget.spend import Remark, Scoring
-    from mlxq.comparison.measure import Candidate, Comparison, Settings
-    from mlxq.comparison.measure import Progress as Measuring
+    from mlxq.budget.scoring import Remark, Scoring
+    from mlxq.comparison.measure import Candidate, Comparison, Measuring, Settings
     from mlxq.machine.devices import Device
     from mlxq.machine.memory import Fit
     from mlxq.pipeline import Allocated, Finished, Resumed
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from mlxq.sources.base import ModelSource
     from mlxq.sources.download import Downloading
     from mlxq.sources.sample import Fetching
-    from mlxq.writing.execute import Progress
+    from mlxq.writing.execute import Written
 
     Event: TypeAlias = (
         Waiting
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
         | Scoring
         | Remark
         | Resumed
-        | Progress
+        | Written
         | Measuring
         | Comparison
         | Checked
@@ -330,7 +329,7 @@ def measure(models: Sequence[Candidate], settings: Settings, *, on_event: OnEven
 
 def _record(comparison: Comparison, models: Sequence[Candidate]) -> Remark | None:
     """Put the newest result into the ``mlxq.json`` beside the model, where it has one; returns why that failed."""
-    from mlxq.budget.spend import Remark
+    from mlxq.budget.scoring import Remark
     from mlxq.comparison.report import candidate_facts
     from mlxq.writing.report import FILE_NAME, read_report, write_report
 
