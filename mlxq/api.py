@@ -23,9 +23,8 @@ from mlxq.retry import Waiting, told
 
 if TYPE_CHECKING:
     from mlxq.architecture.inspection import Inspection
-    from mlxq.budget.spend import Remark, Scoring
-    from mlxq.comparison.measure import Candidate, Settings
-    from mlxq.comparison.measure import Progress as Measuring
+    from mlxq.budget.scoring import Remark, Scoring
+    from mlxq.comparison.measure import Candidate, Measuring, Settings
     from mlxq.comparison.result import Comparison
     from mlxq.machine.devices import Device
     from mlxq.machine.memory import Fit
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
     from mlxq.sources.base import ModelSource
     from mlxq.sources.download import Downloading
     from mlxq.sources.sample import Fetching
-    from mlxq.writing.execute import Progress
+    from mlxq.writing.execute import Written
 
     Event: TypeAlias = (
         Waiting
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
         | Scoring
         | Remark
         | Resumed
-        | Progress
+        | Written
         | Measuring
         | Comparison
         | Checked

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mlxq.arrays import NOT_FINITE, nan_and_infinity, rows_finite
-from mlxq.budget.spend import Remark
+from mlxq.budget.scoring import Remark
 from mlxq.cli import app
 from mlxq.errors import BadInputError, MlxqError
 from mlxq.files import refuse_pointers

@@ -22,8 +22,10 @@ from mlxq.calibration.text import (
 from mlxq.comparison.result import Comparison, ModelResult
 from mlxq.errors import BadInputError, ChildError
 from mlxq.headers import parse_json
-from mlxq.metrics.faithfulness import measure_faithfulness
-from mlxq.metrics.forward import Reference, batch_size, build_reference, evaluation_model, on_cpu
+from mlxq.machine.cores import batch_size, on_cpu
+from mlxq.metrics.evaluation import evaluation_model
+from mlxq.metrics.faithfulness import Faithfulness, measure_faithfulness
+from mlxq.metrics.reference import Reference, build_reference
 from mlxq.metrics.size import Size, measure_size
 from mlxq.recipe.match import layer_index
 from mlxq.running.opened import without_paths
@@ -67,7 +69,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Progress:
+class Measuring:
     """``done`` of ``total`` (tokens, or models timed) of ``stage`` for ``model``; ``eta_s`` None at first."""
 
     stage: str
@@ -169,7 +171,7 @@ def read_prompts(file: Path) -> tuple[Any, ...]:
 
 def compare(
     reference: Candidate, candidates: Sequence[Candidate], settings: Settings
-) -> Iterator[Progress | Comparison]:
+) -> Iterator[Measuring | Comparison]:
     """Measure every model, the reference first. Yields progress, and a Comparison after each finished model.
 
     The last Comparison holds everything; whoever is interrupted keeps the one before. Of weights, at most one
@@ -180,7 +182,7 @@ def compare(
     _check_tokenizers(reference, tokenizer, candidates)
     speed, not_timed = yield from _timed(reference, settings)
     model = evaluation_model(reference.load())
-    yield Progress("text", reference.name, 0, 1, None, None)
+    yield Measuring("text", reference.name, 0, 1, None, None)
     text = _text(model, tokenizer, settings)
     check_ids(text.ids, rows_of_model(model), f"{reference.name}'s tokenizer")
     batches = _batches(text, _vocabulary(model))
@@ -211,7 +213,6 @@ def compare(
             candidate.name,
             text.info.tokens,
         )
-        tied = found.kl_mean <= floor.kl_mean + 2 * floor.kl_mean_se
         results[0] = replace(results[0], reference_ppl=found.ppl_ref)
         results.append(
             ModelResult(
@@ -220,7 +221,7 @@ def compare(
                 candidate.layer_bits,
                 found,
                 speed,
-                tied=tied,
+                tied=is_tied(found, floor),
                 not_timed=not_timed,
                 budget=candidate.budget,
             )
@@ -236,12 +237,17 @@ def _reads(text: TokenizedText, candidate: Candidate) -> nn.Module:
     return model
 
 
-def _timed(candidate: Candidate, settings: Settings) -> Generator[Progress, None, tuple[Speed | None, str | None]]:
+def is_tied(found: Faithfulness, floor: Faithfulness) -> bool:
+    """Whether a model is inside the noise floor: no further off than its mean KL and two standard errors of it."""
+    return found.kl_mean <= floor.kl_mean + 2 * floor.kl_mean_se
+
+
+def _timed(candidate: Candidate, settings: Settings) -> Generator[Measuring, None, tuple[Speed | None, str | None]]:
     """The speed of a model, or why it could not be measured; neither where none was asked for."""
     source = candidate.source
     if source is None or source.weights_folder is None or settings.speed is None:
         return None, None
-    yield Progress("speed", candidate.name, 0, 1, None, None)
+    yield Measuring("speed", candidate.name, 0, 1, None, None)
     try:
         speed = measure_speed(
             source.weights_folder,
@@ -252,21 +258,21 @@ def _timed(candidate: Candidate, settings: Settings) -> Generator[Progress, None
         )
     except ChildError as error:
         return None, without_paths(error.message, source.weights_folder)
-    yield Progress("speed", candidate.name, 1, 1, None, 0.0)
+    yield Measuring("speed", candidate.name, 1, 1, None, 0.0)
     return speed, None
 
 
-def _watched(steps: Generator[int, None, _T], stage: str, model: str, total: int) -> Generator[Progress, None, _T]:
+def _watched(steps: Generator[int, None, _T], stage: str, model: str, total: int) -> Generator[Measuring, None, _T]:
     """Turn the token counts of ``steps`` into progress with rate and time left; return what they return."""
     began, done = time.perf_counter(), 0
-    yield Progress(stage, model, 0, total, None, None)
+    yield Measuring(stage, model, 0, total, None, None)
     while True:
         try:
             done += next(steps)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
         rate = done / (time.perf_counter() - began)
-        yield Progress(stage, model, done, total, rate, max(0, total - done) / rate)
+        yield Measuring(stage, model, done, total, rate, max(0, total - done) / rate)
 
 
 def _required_tokenizer(reference: Candidate) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlxq import __version__
-from mlxq.budget.spend import Remark
+from mlxq.budget.scoring import Remark
 from mlxq.clean import clean, clean_line
 from mlxq.comparison.measure import Candidate
 from mlxq.comparison.result import Comparison, ModelResult, verdict

@@ -47,8 +47,8 @@ class _Watcher:
         self.stage, self.began = "", 0.0
 
     def tell(self, event: Event) -> None:
-        from mlxq.budget.spend import Remark, Scoring
-        from mlxq.comparison.measure import Progress as Measuring
+        from mlxq.budget.scoring import Remark, Scoring
+        from mlxq.comparison.measure import Measuring
         from mlxq.comparison.result import Comparison
         from mlxq.pipeline import Resumed
         from mlxq.publish.check import Checked
@@ -56,7 +56,7 @@ class _Watcher:
         from mlxq.retry import Waiting
         from mlxq.sources.download import Downloading
         from mlxq.sources.sample import Fetching
-        from mlxq.writing.execute import Progress as Written
+        from mlxq.writing.execute import Written
 
         shows: dict[type, Callable[[Any], None]] = {
             Waiting: lambda e: console.warn(f"{e.reason}; trying again in {e.seconds:.0f} s"),
