@@ -38,7 +38,9 @@ def test_the_planned_bytes_are_the_files_bytes(model: str, tmp_path: Path) -> No
 def test_locked_rebuilds_the_same_bytes_and_notices_another_source(model: str, tmp_path: Path) -> None:
     first, again = tmp_path / "first", tmp_path / "again"
     invoke("quantize", "lm-head-6", "--model", model, "-o", str(first), "--no-generate")
-    result = invoke("quantize", "--locked", str(first / "mlxq.json"), "-o", str(again), "--no-generate")
+    result = invoke(
+        "quantize", "--locked", str(first / "mlxq.json"), "--model", model, "-o", str(again), "--no-generate"
+    )
     assert result.exception is None
     for name in ("model.safetensors", "config.json", "model.safetensors.index.json", "tokenizer.json"):
         assert sha256_file(first / name) == sha256_file(again / name)
