@@ -362,7 +362,7 @@ def test_git_lfs_pointers_are_named_wherever_they_are_met(tmp_path: Path) -> Non
 
 
 def test_a_rebuilt_model_is_said_to_be_the_same(model: Path, out: Path, tmp_path: Path) -> None:
-    locked = ["quantize", "--locked", str(out / "mlxq.json"), "--no-generate"]
+    locked = ["quantize", "--locked", str(out / "mlxq.json"), "--model", str(model), "--no-generate"]
     result = CliRunner().invoke(app, [*locked, "-o", str(tmp_path / "again")])
     assert result.exit_code == 0, result.exception
     report = json.loads((out / "mlxq.json").read_text())
