@@ -113,7 +113,7 @@ class Spending:
             "weight_bytes": self.weight_bytes,
             "predicted_kl": self.allocation.divergence if self.text else None,
             "optimality_gap": self.allocation.gap,
-            "text": None if self.text is None else {"name": self.text.name, "sha256": self.text.sha256},
+            "text": None if self.text is None else dict(vars(self.text)),
             "checks": [vars(check) for check in self.checks],
             "curve": [vars(point) for point in self.curve],
             "seconds": self.seconds,
@@ -157,7 +157,7 @@ def spend(
         return
     with streamed_model(draft.source, draft.architecture) as streamed:
         text = calibration_text(draft.calibration, streamed)
-        cache = ScoreCache(scores_key(draft, text.info.sha256, sum(batch.size for batch in text.batches)))
+        cache = ScoreCache(scores_key(draft, text.info.ids_sha256, sum(batch.size for batch in text.batches)))
         yield from _score(draft, streamed, text, formats, cache)
         options = _options(draft, formats, cache.scores)
         encoder = _Decoder(draft, cache)

@@ -8,16 +8,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mlxq.architecture.config import context_length
 from mlxq.architecture.opening import open_lazily
 from mlxq.architecture.token_ids import check_ids, rows_of_model
 from mlxq.architecture.tokenizer import source_tokenizer
 from mlxq.calibration.text import (
     SELF,
+    WINDOW_TOKENS,
     TextInfo,
     TokenizedText,
+    Windows,
     corpus_text,
     read_texts,
     sample_from,
+    sampling_start,
     tokenize,
 )
 from mlxq.errors import BadInputError, ChildError
@@ -138,13 +142,13 @@ class Progress:
 class Settings:
     """What to compare on. ``texts``: files, or the word ``self``; none means the shipped corpus.
 
-    ``tokens`` is the most tokens predicted, in sequences of ``sequence_tokens``. ``speed`` None leaves timing
+    ``tokens`` is the most tokens scored, in sequences cut as ``windows`` says. ``speed`` None leaves timing
     out. ``answer_tokens`` is the longest answer to one of ``prompts``.
     """
 
     texts: tuple[str, ...] = ()
     tokens: int | None = None
-    sequence_tokens: int = 256
+    windows: Windows = field(default_factory=Windows)
     speed: SpeedSettings | None = field(default_factory=SpeedSettings)
     prompts: tuple[Any, ...] = ()
     answer_tokens: int = 128
@@ -238,17 +242,20 @@ def compare(
     """
     tokenizer = _required_tokenizer(reference)
     _check_tokenizers(reference, tokenizer, candidates)
+    _check_context(reference, settings)
     speed, not_timed = yield from _timed(reference, settings)
     model = evaluation_model(reference.load())
     yield Progress("text", reference.name, 0, 1, None, None)
     text = _text(model, tokenizer, settings)
     check_ids(text.ids, rows_of_model(model), f"{reference.name}'s tokenizer")
-    batches = _batches(text, _vocabulary(model))
+    width = _vocabulary(model)
+    batches = _batches(text, width)
+    total = sum(tokens.size for tokens, _ in batches)
     held = yield from _watched(
         build_reference(model, [tokens for tokens, _ in batches]),
         "reference",
         reference.name,
-        text.info.tokens,
+        total,
     )
     del model
     few = batches[: max(1, _FLOOR_TOKENS // batches[0][0].size)]
@@ -265,14 +272,14 @@ def compare(
     yield done
     for candidate in candidates:
         speed, not_timed = yield from _timed(candidate, settings)
-        found = yield from _watched(
-            measure_faithfulness(held, _reads(text, candidate), batches),
-            "faithfulness",
-            candidate.name,
-            text.info.tokens,
-        )
+        model = _reads(text, candidate)
+        their_width = _vocabulary(model)
+        _check_predictable(text, min(width, their_width), candidate)
+        found = yield from _watched(measure_faithfulness(held, model, batches), "faithfulness", candidate.name, total)
+        del model
         tied = found.kl_mean <= floor.kl_mean + 2 * floor.kl_mean_se
-        results[0] = replace(results[0], reference_ppl=found.ppl_ref)
+        if results[0].reference_ppl is None or their_width >= width:
+            results[0] = replace(results[0], reference_ppl=found.ppl_ref)
         results.append(
             ModelResult(
                 candidate.name,
@@ -285,6 +292,8 @@ def compare(
                 budget=candidate.budget,
             )
         )
+        if their_width != width:
+            done = replace(done, notes=(*done.notes, _padded_note(candidate.name, their_width, width)))
         done = replace(done, results=tuple(results), complete=len(results) == len(candidates) + 1)
         yield done
 
@@ -294,6 +303,22 @@ def _reads(text: TokenizedText, candidate: Candidate) -> nn.Module:
     model = evaluation_model(candidate.load())
     check_ids(text.ids, rows_of_model(model), f"{candidate.name}: the reference's tokenizer")
     return model
+
+
+def _check_predictable(text: TokenizedText, logits: int, candidate: Candidate) -> None:
+    """A head may be narrower than the embedding; the text must keep to ids that both heads give."""
+    if (last := int(text.ids.max())) >= logits:
+        raise BadInputError(
+            f"{candidate.name}: the text has token id {last}, and it and the reference share {logits} logits a token",
+            "One of the two was cut to a smaller vocabulary: they cannot be compared on this text.",
+        )
+
+
+def _padded_note(name: str, rows: int, reference_rows: int) -> str:
+    return (
+        f"{name} has {rows:,} logits a token and the reference {reference_rows:,}: compared on the ids that both have, "
+        f"below {min(rows, reference_rows):,}."
+    )
 
 
 def _timed(candidate: Candidate, settings: Settings) -> Generator[Progress, None, tuple[Speed | None, str | None]]:
@@ -349,25 +374,29 @@ def _check_tokenizers(reference: Candidate, tokenizer: Any, candidates: Sequence
             )
 
 
+def _check_context(reference: Candidate, settings: Settings) -> None:
+    """Past the context that a model was made for its numbers mean little, and a table of positions has no row."""
+    context = context_length(reference.source.config) if reference.source else None
+    window = settings.windows.sequence_tokens
+    # The usual window is shorter than the context of any model in use.
+    if context and context < window > WINDOW_TOKENS:
+        raise BadInputError(
+            f"a window of {window:,} tokens is longer than {reference.name}'s context, {context:,}",
+            "Give a shorter one with --window.",
+        )
+
+
 def _text(model: nn.Module, tokenizer: Any, settings: Settings) -> TokenizedText:
-    texts, length = settings.texts, settings.sequence_tokens
+    texts, windows = settings.texts, settings.windows
     if texts == (SELF,):
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        sequences = max(2, (settings.tokens or 8192) // length)
-        return sample_from(model, sequence_tokens=length, sequences=sequences, start_token=start)
+        return sample_from(model, windows, sampling_start(tokenizer), tokens=settings.tokens or 8192)
     if SELF in texts:
         raise BadInputError("--text self does not mix with files", "Run compare once for each.")
     if not texts:
-        return tokenize(
-            corpus_text(),
-            "shipped corpus (evaluation)",
-            tokenizer,
-            sequence_tokens=length,
-            limit=settings.tokens,
-        )
+        return tokenize(corpus_text(), "shipped corpus (evaluation)", tokenizer, windows, limit=settings.tokens)
     files = [Path(text) for text in texts]
     name = ", ".join(file.name for file in files)
-    return tokenize(read_texts(files), name, tokenizer, sequence_tokens=length, limit=settings.tokens)
+    return tokenize(read_texts(files), name, tokenizer, windows, limit=settings.tokens)
 
 
 def _vocabulary(model: nn.Module) -> int:
@@ -384,7 +413,7 @@ def _batches(text: TokenizedText, vocabulary: int) -> list[tuple[mx.array, mx.ar
 
     size = batch_size(text.info.sequence_tokens, vocabulary, free_memory_bytes())
     rows = [mx.array(text.ids[i : i + size]) for i in range(0, len(text.ids), size)]
-    return [(ids[:, :-1], ids[:, 1:]) for ids in rows]
+    return [(ids[:, :-1], ids[:, -text.info.scored_tokens :]) for ids in rows]
 
 
 def _notes(held: Reference, batches: Sequence[tuple[mx.array, mx.array]], settings: Settings) -> tuple[str, ...]:
