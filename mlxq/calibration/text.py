@@ -41,6 +41,15 @@ class TextInfo:
     scored_tokens: int
     start_tokens: tuple[int, ...]
 
+    def windows_in_words(self) -> str:
+        """One sentence: how the text was cut, what each sequence begins with, and how many predictions of it count."""
+        ids = ", ".join(map(str, self.start_tokens))
+        begun = f"each begun by the tokenizer's start token (id {ids})" if ids else "without a start token"
+        return (
+            f"Sequences of {self.sequence_tokens} tokens, {begun}; "
+            f"the last {self.scored_tokens} predictions of each are scored."
+        )
+
 
 @dataclass(frozen=True)
 class TokenizedText:

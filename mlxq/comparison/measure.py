@@ -24,6 +24,7 @@ from mlxq.calibration.text import (
     sampling_start,
     tokenize,
 )
+from mlxq.comparison.pairing import check_predictable, logit_count, padded_note, reads
 from mlxq.errors import BadInputError, ChildError
 from mlxq.metrics.faithfulness import Faithfulness, measure_faithfulness
 from mlxq.metrics.forward import Reference, batch_size, build_reference, evaluation_model, on_cpu
@@ -248,7 +249,7 @@ def compare(
     yield Progress("text", reference.name, 0, 1, None, None)
     text = _text(model, tokenizer, settings)
     check_ids(text.ids, rows_of_model(model), f"{reference.name}'s tokenizer")
-    width = _vocabulary(model)
+    width = logit_count(model)
     batches = _batches(text, width)
     total = sum(tokens.size for tokens, _ in batches)
     held = yield from _watched(
@@ -268,13 +269,13 @@ def compare(
     results = [
         ModelResult(reference.name, reference.size, reference.layer_bits, None, speed, tied=False, not_timed=not_timed)
     ]
-    done = Comparison(tuple(results), text.info, floor, _notes(held, batches, settings), not candidates)
+    done = Comparison(tuple(results), text.info, floor, _notes(held, batches, text.info, settings), not candidates)
     yield done
     for candidate in candidates:
         speed, not_timed = yield from _timed(candidate, settings)
-        model = _reads(text, candidate)
-        their_width = _vocabulary(model)
-        _check_predictable(text, min(width, their_width), candidate)
+        model = reads(text, candidate.load(), candidate.name)
+        their_width = logit_count(model)
+        check_predictable(text, min(width, their_width), candidate.name)
         found = yield from _watched(measure_faithfulness(held, model, batches), "faithfulness", candidate.name, total)
         del model
         tied = found.kl_mean <= floor.kl_mean + 2 * floor.kl_mean_se
@@ -293,32 +294,9 @@ def compare(
             )
         )
         if their_width != width:
-            done = replace(done, notes=(*done.notes, _padded_note(candidate.name, their_width, width)))
+            done = replace(done, notes=(*done.notes, padded_note(candidate.name, their_width, width)))
         done = replace(done, results=tuple(results), complete=len(results) == len(candidates) + 1)
         yield done
-
-
-def _reads(text: TokenizedText, candidate: Candidate) -> nn.Module:
-    """A candidate's model, whose embedding has a row for every token of ``text``."""
-    model = evaluation_model(candidate.load())
-    check_ids(text.ids, rows_of_model(model), f"{candidate.name}: the reference's tokenizer")
-    return model
-
-
-def _check_predictable(text: TokenizedText, logits: int, candidate: Candidate) -> None:
-    """A head may be narrower than the embedding; the text must keep to ids that both heads give."""
-    if (last := int(text.ids.max())) >= logits:
-        raise BadInputError(
-            f"{candidate.name}: the text has token id {last}, and it and the reference share {logits} logits a token",
-            "One of the two was cut to a smaller vocabulary: they cannot be compared on this text.",
-        )
-
-
-def _padded_note(name: str, rows: int, reference_rows: int) -> str:
-    return (
-        f"{name} has {rows:,} logits a token and the reference {reference_rows:,}: compared on the ids that both have, "
-        f"below {min(rows, reference_rows):,}."
-    )
 
 
 def _timed(candidate: Candidate, settings: Settings) -> Generator[Progress, None, tuple[Speed | None, str | None]]:
@@ -399,13 +377,6 @@ def _text(model: nn.Module, tokenizer: Any, settings: Settings) -> TokenizedText
     return tokenize(read_texts(files), name, tokenizer, windows, limit=settings.tokens)
 
 
-def _vocabulary(model: nn.Module) -> int:
-    """Width of the logits; asks for their shape only, so nothing is computed."""
-    import mlx.core as mx
-
-    return int(model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1])
-
-
 def _batches(text: TokenizedText, vocabulary: int) -> list[tuple[mx.array, mx.array]]:
     import mlx.core as mx
 
@@ -416,13 +387,16 @@ def _batches(text: TokenizedText, vocabulary: int) -> list[tuple[mx.array, mx.ar
     return [(ids[:, :-1], ids[:, -text.info.scored_tokens :]) for ids in rows]
 
 
-def _notes(held: Reference, batches: Sequence[tuple[mx.array, mx.array]], settings: Settings) -> tuple[str, ...]:
-    count, length = batches[0][0].shape
+def _notes(
+    held: Reference, batches: Sequence[tuple[mx.array, mx.array]], text: TextInfo, settings: Settings
+) -> tuple[str, ...]:
+    count = batches[0][0].shape[0]
     notes = [
+        text.windows_in_words(),
         "Faithfulness: fp32 on dequantized weights, on a CPU."
         if on_cpu()
         else "Faithfulness: quantized kernels with fp32 activations, on the GPU.",
-        f"Run in batches of {count} sequences of {length} tokens.",
+        f"Run in batches of {count} sequences.",
     ]
     if not held.is_split:
         notes.append("The reference stayed in memory whole: its head could not be told from its body.")

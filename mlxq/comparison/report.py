@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlxq import __version__
-from mlxq.calibration.text import TextInfo
 from mlxq.comparison.measure import Comparison, ModelResult, verdict
 from mlxq.metrics.metric import METRICS, Metric, chosen, value_text, with_error_text
 from mlxq.recipe.gates import GateResult
@@ -138,21 +137,10 @@ def footnotes(comparison: Comparison) -> list[str]:
     text, floor = comparison.text, comparison.noise_floor
     return [
         f"Text: {text.name}, {text.tokens} tokens, SHA-256 {text.sha256[:16]}.",
-        _windows_text(text),
         f"KL is KL(reference || model) per token, nats; noise floor {value_text('kl_mean', floor.kl_mean)}.",
         *comparison.notes,
         *(f"{r.name}: speed not measured: {r.not_timed}." for r in comparison.results if r.not_timed is not None),
     ]
-
-
-def _windows_text(text: TextInfo) -> str:
-    """How the text was cut, what each sequence begins with, and how many predictions of it count."""
-    ids = ", ".join(map(str, text.start_tokens))
-    begun = f"each begun by the tokenizer's start token (id {ids})" if ids else "without a start token"
-    return (
-        f"Sequences of {text.sequence_tokens} tokens, {begun}; "
-        f"the last {text.scored_tokens} predictions of each are scored."
-    )
 
 
 def _escaped(text: str) -> str:
