@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from mlxq.architecture.token_ids import check_ids, rows_of_model
 from mlxq.calibration.text import TokenizedText
 from mlxq.errors import BadInputError
-from mlxq.metrics.forward import evaluation_model
+from mlxq.metrics.evaluation import evaluation_model
 
 if TYPE_CHECKING:
     import mlx.nn as nn
