@@ -259,13 +259,7 @@ def compare(
         total,
     )
     del model
-    few = batches[: max(1, _FLOOR_TOKENS // batches[0][0].size)]
-    floor = yield from _watched(
-        measure_faithfulness(held, evaluation_model(reference.load(), own_dtype=True), few),
-        "noise floor",
-        reference.name,
-        sum(tokens.size for tokens, _ in few),
-    )
+    floor = yield from _noise_floor(held, reference, batches)
     results = [
         ModelResult(reference.name, reference.size, reference.layer_bits, None, speed, tied=False, not_timed=not_timed)
     ]
@@ -296,6 +290,15 @@ def compare(
             done = replace(done, notes=(*done.notes, padded_note(candidate.name, their_width, width)))
         done = replace(done, results=tuple(results), complete=len(results) == len(candidates) + 1)
         yield done
+
+
+def _noise_floor(
+    held: Reference, reference: Candidate, batches: Sequence[tuple[mx.array, mx.array]]
+) -> Generator[Measuring, None, Faithfulness]:
+    """The reference in its own dtype against itself in fp32, on the first of ``batches``."""
+    few = batches[: max(1, _FLOOR_TOKENS // batches[0][0].size)]
+    steps = measure_faithfulness(held, evaluation_model(reference.load(), own_dtype=True), few)
+    return (yield from _watched(steps, "noise floor", reference.name, sum(tokens.size for tokens, _ in few)))
 
 
 def is_tied(found: Faithfulness, floor: Faithfulness) -> bool:
