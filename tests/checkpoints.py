@@ -31,6 +31,19 @@ def make_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
+def add_start_token(folder: Path) -> None:
+    """Make the tokenizer put ``<s>`` (id 1) in front of a text, as that of Llama 3 or Gemma does."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    begin, text = {"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [begin, text],
+        "pair": [begin, text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 128,

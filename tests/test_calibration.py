@@ -18,14 +18,14 @@ from mlxq.calibration.guided import guided_weights
 from mlxq.calibration.sensitivity import divergence, scores
 from mlxq.calibration.statistics import InputStatistics, ModuleInput, gather, input_statistics
 from mlxq.calibration.streamed import streamed_model
-from mlxq.calibration.tokens import calibration_text
+from mlxq.calibration.tokens import SEQUENCE_TOKENS, calibration_text
 from mlxq.methods.affine_fit import affine_fit
 from mlxq.methods.formats import Format
 from mlxq.methods.gptq import GPTQ, Feedback, feedback
 from mlxq.pipeline import prepare
 from mlxq.recipe.load import recipe_from_dict
 from mlxq.sources.resolve import resolve
-from tests.checkpoints import llama
+from tests.checkpoints import add_start_token, llama
 
 COMMON = {
     "hidden_size": 64,
@@ -169,6 +169,31 @@ def test_the_embedding_that_is_the_head_is_damped_as_one(tmp_path: Path) -> None
     expected = {damping: feedback(hessian_of(statistics), 64, damping).factor for damping in (0.01, 0.1)}
     assert mx.allclose(guide.factor, expected[0.1], rtol=1e-4)
     assert not mx.allclose(guide.factor, expected[0.01], rtol=0.05)
+
+
+@pytest.mark.parametrize("text", ["builtin", "self"])
+def test_calibration_and_held_out_sequences_begin_with_the_start_token(tmp_path: Path, text: str) -> None:
+    model = llama(tmp_path / "model")
+    calibration = {"text": text, "tokens": 1024}
+    recipe = recipe_from_dict({"default": {"bits": 4}, "method": "gptq", "calibration": calibration}, "test")
+
+    def rows() -> tuple[mx.array, tuple[int, ...], str]:
+        plan = prepare(recipe, resolve(str(model)))
+        with streamed_model(plan.source, plan.architecture) as streamed:
+            found = calibration_text(plan.calibration, streamed)
+        return mx.concatenate([*found.batches, *found.held_out]), found.info.start_tokens, found.info.ids_sha256
+
+    plain, start, its_hash = rows()
+    assert plain.shape[1] == SEQUENCE_TOKENS
+    # Samples must begin with something, which the tokenizer names; text begins with itself.
+    assert start == ((1,) if text == "self" else ())
+    add_start_token(model)
+    begun, start, other_hash = rows()
+    assert begun.shape[1] == SEQUENCE_TOKENS
+    assert start == (1,)
+    assert mx.all(begun[:, 0] == 1)
+    assert text == "self" or not mx.any(plain[:, 0] == 1)
+    assert (its_hash == other_hash) is (text == "self")
 
 
 def whole_pass_scores(model: nn.Module, tokens: mx.array, path: str, change: mx.array) -> float:

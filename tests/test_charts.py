@@ -44,7 +44,9 @@ def comparison() -> Comparison:
         result("B", 1_000_000, 0.05, 19),
         result("<C>", 2_000_000, 0.06, 15),
     )
-    return Comparison(results, TextInfo("corpus", "ab" * 32, 50, 25), faithful(1e-4), ("A note.",), complete=True)
+    return Comparison(
+        results, TextInfo("corpus", "ab" * 32, "cd" * 32, 50, 25, 25, ()), faithful(1e-4), ("A note.",), complete=True
+    )
 
 
 def test_pareto_front_leaves_out_what_another_beats_in_both() -> None:

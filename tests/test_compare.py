@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
+from mlxq.calibration.text import TextInfo, TokenizedText
 from mlxq.cli import app
 from mlxq.comparison.candidates import model_candidate, recipe_candidate
 from mlxq.comparison.measure import Settings, compare, stored_candidate
+from mlxq.comparison.pairing import check_predictable
 from mlxq.comparison.result import Comparison
 from mlxq.errors import BadInputError, GateError
 from mlxq.pipeline import prepare, run
 from mlxq.recipe.load import load_recipe, names_recipe
 from mlxq.sources.resolve import resolve
-from tests.checkpoints import LLAMA, build, llama, save
+from tests.checkpoints import LLAMA, VOCABULARY, add_start_token, build, llama, save
 
 FAST = ("--no-speed", "--tokens", "1024")
 
@@ -137,6 +140,87 @@ def test_html_is_one_file_without_outside_requests(models: Path, tmp_path: Path)
     assert "<svg" in page.read_text()
     assert plot.read_text().startswith("<svg")
     assert not any(word in page.read_text() for word in ("<script src", "<link", "url(http", "@import"))
+
+
+def perplexity(folder: Path, text: str, start: list[int], window: int, scored: int, step: int) -> float:
+    """By ``mlx_lm`` alone, in fp32: windows of ``window`` text tokens every ``step``, the last ``scored`` predicted."""
+    from mlx_lm import load
+
+    model, tokenizer = load(str(folder))[:2]
+    model.set_dtype(mx.float32)
+    ids = tokenizer._tokenizer.encode(text, add_special_tokens=False)
+    rows = mx.array([[*start, *ids[i : i + window]] for i in range(0, len(ids) - step + 1, step)])
+    logits = model(rows[:, :-1])[:, -scored:]
+    chosen = mx.take_along_axis(logits, rows[:, -scored:, None], -1)[..., 0]
+    return float(mx.exp(mx.mean(mx.logsumexp(logits, -1) - chosen)))
+
+
+def test_every_sequence_begins_with_the_token_that_the_tokenizer_adds(models: Path, tmp_path: Path) -> None:
+    folder = llama(tmp_path / "starting", hidden_size=64, intermediate_size=128)
+    add_start_token(folder)
+    text = "HELLOWORLD,THISISATEXTOFPLAINWORDS." * 60
+    (tmp_path / "t.txt").write_text(text)
+    on_text = (str(folder), str(folder), "--no-speed", "--text", str(tmp_path / "t.txt"))
+    found = facts(invoke(*on_text, "--json"))
+    usual, without = (perplexity(folder, text, start, 257, 256, 257) for start in ([1], []))
+    assert found["models"][1]["metrics"]["ppl"] == pytest.approx(usual, rel=2e-5)
+    assert usual != pytest.approx(without, rel=2e-4)
+    assert found["text"]["start_tokens"] == [1]
+    assert found["text"]["tokens"] == len(text) // 257 * 256
+    assert "each begun by the tokenizer's start token (id 1)" in " ".join(invoke(*on_text, "--markdown").stdout.split())
+
+    halves = facts(invoke(*on_text, "--window", "512", "--score", "last-half", "--json"))
+    expected = perplexity(folder, text, [1], 511, 255, 512)
+    assert halves["models"][1]["metrics"]["ppl"] == pytest.approx(expected, rel=2e-5)
+    assert (halves["text"]["sequence_tokens"], halves["text"]["scored_tokens"]) == (512, 255)
+
+
+def test_a_start_token_that_is_named_and_never_added_is_not_put_in_front(models: Path) -> None:
+    original = str(models / "original")
+    assert facts(invoke(original, original, *FAST, "--json"))["text"]["start_tokens"] == []
+    result = invoke(original, original, *FAST)
+    assert "Sequences of 256 tokens, without a start token" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize("rows", [VOCABULARY + 32, 2 * VOCABULARY])
+def test_more_rows_than_the_reference_are_left_out_of_both(tmp_path: Path, rows: int) -> None:
+    """Padding of an embedding changes no model: rows of the same ids are compared, whichever of the two has more."""
+    config = {**LLAMA, "hidden_size": 64, "intermediate_size": 128}
+    _, weights = build(config)
+    save(tmp_path / "plain", config, weights)
+    padded = {
+        path: mx.concatenate([array, mx.zeros((rows - VOCABULARY, 64), array.dtype)])
+        if path in ("model.embed_tokens.weight", "lm_head.weight")
+        else array
+        for path, array in weights.items()
+    }
+    save(tmp_path / "padded", {**config, "vocab_size": rows}, padded)
+    plain, more = str(tmp_path / "plain"), str(tmp_path / "padded")
+    alone = facts(invoke(plain, plain, *FAST, "--json"))["models"][1]["metrics"]
+    for first, second, said in ((plain, more, f"padded has {rows}"), (more, plain, f"plain has {VOCABULARY}")):
+        found = facts(invoke(first, second, *FAST, "--json"))
+        measured = found["models"][1]["metrics"]
+        assert measured["kl_mean"] == pytest.approx(0, abs=1e-6)
+        assert measured["top1_agreement"] == 1
+        assert measured["ppl"] == pytest.approx(alone["ppl"], rel=1e-5)
+        notes = " ".join(found["notes"])
+        assert said in notes
+        assert f"compared on the ids that both have, below {VOCABULARY}." in notes
+
+
+def test_a_text_past_the_logits_that_both_have_is_refused() -> None:
+    text = TextInfo("t", "", "", 2, 2, 2, ())
+    check_predictable(TokenizedText(text, np.array([[0, 94, 95]], np.int32)), 96, "cut")
+    with pytest.raises(BadInputError, match="cut: the text has token id 96, and it and the reference share 96 logits"):
+        check_predictable(TokenizedText(text, np.array([[0, 96, 95]], np.int32)), 96, "cut")
+
+
+def test_a_window_past_the_models_context_is_refused(tmp_path: Path) -> None:
+    folder = str(llama(tmp_path / "short", max_position_embeddings=300))
+    error = invoke(folder, folder, *FAST, "--window", "512").exception
+    assert isinstance(error, BadInputError)
+    assert error.message.startswith("a window of 512 tokens is longer than ")
+    assert error.message.endswith("short's context, 300")
 
 
 def test_different_tokenizers_are_refused(models: Path, tmp_path: Path) -> None:

@@ -81,6 +81,27 @@ def test_masked_tokens_cost_nothing_and_nan_stays_nan(measure: Any) -> None:
     assert np.nanmax(np.abs(found.kl)) < 1e-5
 
 
+@pytest.mark.parametrize("measure", [faithfulness._measure_with_numpy, faithfulness._measure_with_mlx])
+def test_only_the_ids_that_both_have_are_paired(measure: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faithfulness, "on_cpu", lambda: measure is faithfulness._measure_with_numpy)
+    ref, cand, follow = random_logits(0), random_logits(1), targets()
+    expected = measure(ref, cand, follow)
+    for r, c in ((ref, mx.concatenate([cand, cand + 9], -1)), (mx.concatenate([ref, ref + 9], -1), cand)):
+        found = measure_tokens(r, c, follow)
+        for name in ("kl", "nll_ref", "nll", "agrees"):
+            np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-6)
+
+
+def test_what_comes_before_the_targets_is_read_and_not_scored(batches: list[tuple[mx.array, mx.array]]) -> None:
+    models = evaluation_model(tiny_llama()), evaluation_model(tiny_llama(quantized=Q4))
+    whole = compared(*models, batches)
+    models = evaluation_model(tiny_llama()), evaluation_model(tiny_llama(quantized=Q4))
+    half = compared(*models, [(tokens, follow[:, -10:]) for tokens, follow in batches])
+    assert half.tokens == 60
+    kept = whole.kl_per_token.reshape(6, -1)[:, -10:].reshape(-1)
+    np.testing.assert_allclose(half.kl_per_token, kept, rtol=1e-5, atol=1e-7)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_comparison_with_itself_is_zero(batches: list[tuple[mx.array, mx.array]], tied: bool) -> None:
     found = compared(evaluation_model(tiny_llama(tied=tied)), evaluation_model(tiny_llama(tied=tied)), batches)

@@ -335,7 +335,7 @@ def test_a_special_token_without_a_row_is_said_and_no_more(tmp_path: Path) -> No
 def test_calibration_text_is_not_fed_past_the_embedding(tmp_path: Path) -> None:
     """A tokenizer without tokenizer.json is known only by what it makes of text."""
     from mlxq.architecture.token_ids import check_ids, rows_of_model
-    from mlxq.calibration.text import sample_from
+    from mlxq.calibration.text import Windows, sample_from
 
     found, _ = build(LLAMA)
     assert rows_of_model(found) == VOCABULARY
@@ -344,7 +344,7 @@ def test_calibration_text_is_not_fed_past_the_embedding(tmp_path: Path) -> None:
         with pytest.raises(BadInputError, match=f"gives token id {wrong}, and the model's embedding has 96 rows"):
             check_ids(np.array([[0, wrong]]), VOCABULARY, "its tokenizer")
     with pytest.raises(BadInputError, match="its start token gives token id 96"):
-        sample_from(found, sequence_tokens=2, sequences=2, start_token=VOCABULARY)
+        sample_from(found, Windows(2), (VOCABULARY,), tokens=4)
 
 
 def test_git_lfs_pointers_are_named_wherever_they_are_met(tmp_path: Path) -> None:

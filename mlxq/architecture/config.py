@@ -41,6 +41,19 @@ def first_int(config: Mapping[str, Any], *keys: str) -> int | None:
     return None
 
 
+def context_length(config: Mapping[str, Any]) -> int | None:
+    """The tokens that a model was made to read at once, as the config has it (of the language model), or None."""
+    return first_int(
+        text_config(config),
+        "max_position_embeddings",
+        "n_positions",
+        "max_sequence_length",
+        "max_seq_len",
+        "seq_length",
+        "n_ctx",
+    )
+
+
 def layer_count(config: Mapping[str, Any]) -> int | None:
     """Number of layers as the config has it (of the language model), or None."""
     config = text_config(config)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from mlxq.architecture.config import (
     active_share,
+    context_length,
     experts,
     experts_per_token,
-    first_int,
     layer_count,
     text_config,
     ties_head,
@@ -93,7 +93,6 @@ def inspect_model(source: ModelSource, context: int) -> Inspection:
     Raises BadInputError where a tokenizer file is not JSON.
     """
     config = source.config
-    inner = text_config(config)
     modules = _modules(source)
     layers = layer_count(config) or 1 + max((layer_index(m.path) or 0 for m in modules), default=-1)
     tied = ties_head(config, has_head=any(_name(module) in HEADS for module in modules))
@@ -117,22 +116,14 @@ def inspect_model(source: ModelSource, context: int) -> Inspection:
         stored_bytes=source.stored_bytes,
         dtypes=dict(dtypes.most_common()),
         quantization=source.quantization,
-        context_length=first_int(
-            inner,
-            "max_position_embeddings",
-            "n_positions",
-            "max_sequence_length",
-            "max_seq_len",
-            "seq_length",
-            "n_ctx",
-        ),
+        context_length=context_length(config),
         layer_count=layers,
         experts=experts(config) if routed else None,
         experts_per_token=experts_per_token(config) if routed else None,
         tied_embeddings=tied,
         embedding=embedding,
         tied_head=embedding if tied else None,
-        tokenizer=tokenizer_facts(source.sidecars, inner),
+        tokenizer=tokenizer_facts(source.sidecars, text_config(config)),
         modules=modules,
         context=context,
         kv_cache_bytes=kv_cache_bytes(config, context),

@@ -96,7 +96,7 @@ class Spending:
             "weight_bytes": self.weight_bytes,
             "predicted_kl": self.allocation.divergence if self.text else None,
             "optimality_gap": self.allocation.gap,
-            "text": None if self.text is None else {"name": self.text.name, "sha256": self.text.sha256},
+            "text": None if self.text is None else dict(vars(self.text)),
             "checks": [vars(check) for check in self.checks],
             "curve": [vars(point) for point in self.curve],
             "seconds": self.seconds,
@@ -203,7 +203,7 @@ def _spent_on_text(
     """Score on calibration text, hold the best allocation against rivals on held-out text, and keep the winner."""
     draft = question.draft
     text = calibration_text(draft.calibration, streamed)
-    cache = ScoreCache(scores_key(draft, text.info.sha256, sum(batch.size for batch in text.batches)))
+    cache = ScoreCache(scores_key(draft, text.info.ids_sha256, sum(batch.size for batch in text.batches)))
     if cache.remark is not None:
         yield Remark(cache.remark)
     yield from score_on_text(draft, streamed, text, question.formats, cache)

@@ -27,17 +27,17 @@ if TYPE_CHECKING:
     from mlxq.planning.plan import Plan
 
 # Part of every key: raised when scores would come out differently.
-SCORES_VERSION = 3
+SCORES_VERSION = 4
 
 
-def scores_key(plan: Plan, text_sha256: str, tokens: int) -> str:
-    """What scores depend on beside module and format: the weights, the text, the encoder, and this code."""
+def scores_key(plan: Plan, ids_sha256: str, tokens: int) -> str:
+    """What scores depend on beside module and format: the weights, the token ids, the encoder, and this code."""
     import mlx.core as mx
 
     weights = [(file.name, str(plan.source.as_opened[file])) for file in plan.source.weight_files]
     dtypes = [(step.path, step.spec.dtype) for step in plan.steps]
     encoders = sorted({scored_by(plan.recipe.method, fmt).name for fmt in plan.recipe.options})
-    facts = [SCORES_VERSION, weights, dtypes, text_sha256, tokens, "+".join(encoders), str(mx.default_device())]
+    facts = [SCORES_VERSION, weights, dtypes, ids_sha256, tokens, "+".join(encoders), str(mx.default_device())]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 

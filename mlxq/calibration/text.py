@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 SELF = "self"
+# The usual length of a sequence.
+WINDOW_TOKENS = 256
 # Some six million tokens: a comparison takes minutes for a tenth of a million.
 MAX_TEXT_BYTES = 25 << 20
 _SEED = 0
@@ -27,20 +29,104 @@ _SEED = 0
 
 @dataclass(frozen=True)
 class TextInfo:
-    """A text in a report: ``sha256`` of the UTF-8 text, or of the token ids (int32) of samples."""
+    """A text in a report: ``sha256`` of the UTF-8 text, or of the token ids of samples.
+
+    ``tokens`` are scored: the last ``scored_tokens`` predictions of each sequence, cut by ``sequence_tokens``.
+    ``start_tokens`` are the ids that every sequence begins with, empty where it begins with text. ``ids_sha256`` is
+    the hash of all ids (int32), start tokens included.
+    """
 
     name: str
     sha256: str
+    ids_sha256: str
     tokens: int
     sequence_tokens: int
+    scored_tokens: int
+    start_tokens: tuple[int, ...]
+
+    def windows_in_words(self) -> str:
+        """One sentence: how the text was cut, what each sequence begins with, and how many predictions of it count."""
+        ids = ", ".join(map(str, self.start_tokens))
+        begun = f"each begun by the tokenizer's start token (id {ids})" if ids else "without a start token"
+        return (
+            f"Sequences of {self.sequence_tokens} tokens, {begun}; "
+            f"the last {self.scored_tokens} predictions of each are scored."
+        )
 
 
 @dataclass(frozen=True)
 class TokenizedText:
-    """``ids`` (sequences, sequence_tokens + 1) int32: each row holds inputs and, one on, what follows."""
+    """``ids`` (sequences, width) int32: each row holds inputs and, one on, what follows; its last are scored."""
 
     info: TextInfo
     ids: npt.NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a text is cut into sequences, and what is scored of each.
+
+    Usually ``sequence_tokens`` are predicted in a sequence, each from all tokens before it. The first token of its text
+    is only read, so that the same tokens are predicted with start tokens in front and without. With ``last_half``, the
+    windows of llama.cpp's ``perplexity`` (its ``n_ctx`` is ``sequence_tokens``): the start tokens *replace* the first
+    of each, and what is scored is its second half.
+    """
+
+    sequence_tokens: int = WINDOW_TOKENS
+    last_half: bool = False
+
+    @property
+    def scored_tokens(self) -> int:
+        """Predictions scored of each sequence, its last ones."""
+        return self.sequence_tokens - 1 - self.sequence_tokens // 2 if self.last_half else self.sequence_tokens
+
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the text from the beginning of one sequence to that of the next."""
+        return self.sequence_tokens if self.last_half else self.sequence_tokens + 1
+
+    def cut(self, ids: npt.NDArray[np.int32], start: Sequence[int]) -> npt.NDArray[np.int32]:
+        """The ids of a text (tokens,) as rows (sequences, width), each begun by ``start``; the rest is left out."""
+        import numpy as np
+
+        front = np.asarray(start, np.int32)
+        if self.last_half:
+            ids = np.concatenate([front, ids])
+        count = len(ids) // self.text_tokens
+        rows = ids[: count * self.text_tokens].reshape(count, self.text_tokens)
+        begun = rows[:, len(front) :] if self.last_half else rows
+        return np.concatenate([np.tile(front, (count, 1)), begun], axis=1)
+
+
+def start_tokens(tokenizer: Any) -> tuple[int, ...]:
+    """The ids that ``tokenizer`` puts in front of a text: what the model sees before each, in use as in training.
+
+    Asked of the tokenizer at work: its settings may name a start token that it never adds (Qwen), and its
+    post-processor may add one, or two (GLM), that no setting names. What it adds at the end is not one.
+    """
+    text = "a"
+    full = tuple(tokenizer.encode(text))
+    plain = tuple(tokenizer.encode(text, add_special_tokens=False))
+    for at in range(len(full) - len(plain) + 1):
+        if full[at : at + len(plain)] == plain:
+            return full[:at]
+    return ()
+
+
+def sampling_start(tokenizer: Any) -> tuple[int, ...]:
+    """What samples of a model begin with: its start tokens, or the token that ends or begins a text where it adds none.
+
+    Raises BadInputError where the tokenizer names neither.
+    """
+    if found := start_tokens(tokenizer):
+        return found
+    for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return (int(token),)
+    raise BadInputError(
+        "text cannot be sampled from the model: its tokenizer has neither a start nor an end token",
+        "Give files of text.",
+    )
 
 
 def corpus_text(half: str = "evaluation") -> str:
@@ -61,57 +147,59 @@ def read_texts(files: Sequence[Path]) -> str:
     return "\n\n".join(texts)
 
 
-def tokenize(text: str, name: str, tokenizer: Any, *, sequence_tokens: int, limit: int | None = None) -> TokenizedText:
-    """Cut ``text`` into rows of ``sequence_tokens`` + 1 tokens; a rest that fills no row is left out.
+def tokenize(text: str, name: str, tokenizer: Any, windows: Windows, *, limit: int | None = None) -> TokenizedText:
+    """Cut ``text`` as ``windows`` says, each row begun by the tokenizer's start tokens.
 
-    ``limit`` is the most tokens to predict: rows are then taken evenly from the whole text, so that each kind
-    of text in it keeps its share. Raises BadInputError where the text has less than two rows.
+    ``limit`` is the most tokens to score: rows are then taken evenly from the whole text, so that each kind of text in
+    it keeps its share. Raises BadInputError where the text has less than two rows.
     """
     import numpy as np
 
     # Without verbose=False, transformers warns that the whole text is longer than the model's context.
     ids = np.asarray(tokenizer.encode(text, add_special_tokens=False, verbose=False), dtype=np.int32)
-    width = sequence_tokens + 1
-    rows = len(ids) // width
+    start = start_tokens(tokenizer)
+    table = windows.cut(ids, start)
+    rows, width, scored = len(table), windows.text_tokens, windows.scored_tokens
     if rows < 2:
         raise BadInputError(
             f"{name} has {len(ids)} tokens; at least {2 * width} are needed (two sequences of {width})",
             "Give a longer text, or shorter sequences.",
         )
-    table = ids[: rows * width].reshape(rows, width)
-    if limit is not None and limit < rows * sequence_tokens:
-        kept = max(2, limit // sequence_tokens)
+    if limit is not None and limit < rows * scored:
+        kept = max(2, limit // scored)
         table = table[np.linspace(0, rows - 1, kept).round().astype(int)]
-    return _tokenized(name, text.encode(), table)
+    return _tokenized(name, text.encode(), table, windows, start)
 
 
 def sample_from(
     model: nn.Module,
+    windows: Windows,
+    start: Sequence[int],
     *,
-    sequence_tokens: int,
-    sequences: int,
-    start_token: int,
+    tokens: int,
     batch: int = 8,
     seed: int = _SEED,
 ) -> TokenizedText:
-    """Sample sequences from ``model`` at temperature 1 with no truncation, each from ``start_token``.
+    """Sample sequences from ``model`` at temperature 1 with no truncation, each begun by the ids ``start``.
 
-    On text drawn from the reference itself, the mean KL per token estimates the KL divergence between the two
-    models as distributions over texts (chain rule). ``batch`` sequences share each step, with a KV cache.
+    ``tokens`` is how many to score, in two sequences at least. On text drawn from the reference itself, the mean KL per
+    token estimates the KL divergence between the two models as distributions over texts (chain rule). ``batch``
+    sequences share each step, with a KV cache. Raises BadInputError for start tokens past the embedding.
     """
     import mlx.core as mx
     import numpy as np
 
     vocabulary = rows_of_model(model)
-    check_ids([start_token], vocabulary, "its start token")
+    check_ids(start, vocabulary, "its start token")
+    sequences = max(2, tokens // windows.scored_tokens)
     key = mx.random.key(seed)
     rows = []
     for begin in range(0, sequences, batch):
         count = min(batch, sequences - begin)
         cache = upstream.prompt_cache(model)
-        last = mx.full((count, 1), start_token, dtype=mx.int32)
+        last = mx.array([list(start)] * count, dtype=mx.int32)
         drawn = [last]
-        for _ in range(sequence_tokens):
+        for _ in range(windows.sequence_tokens - len(start) if windows.last_half else windows.sequence_tokens):
             key, now = mx.random.split(key)
             logits = model(last, cache=cache)[:, -1].astype(mx.float32)
             # A head may be wider than the embedding; what only it has can't be read again.
@@ -120,10 +208,17 @@ def sample_from(
             drawn.append(last)
         rows.append(np.array(mx.concatenate(drawn, axis=1)))
     table = np.concatenate(rows).astype(np.int32)
-    return _tokenized(f"{SELF} (seed {seed})", table.tobytes(), table)
+    return _tokenized(f"{SELF} (seed {seed})", table.tobytes(), table, windows, start)
 
 
-def _tokenized(name: str, hashed: bytes, table: Any) -> TokenizedText:
-    rows, width = table.shape
-    info = TextInfo(name, hashlib.sha256(hashed).hexdigest(), rows * (width - 1), width - 1)
+def _tokenized(name: str, hashed: bytes, table: Any, windows: Windows, start: Sequence[int]) -> TokenizedText:
+    info = TextInfo(
+        name=name,
+        sha256=hashlib.sha256(hashed).hexdigest(),
+        ids_sha256=hashlib.sha256(table.tobytes()).hexdigest(),
+        tokens=len(table) * windows.scored_tokens,
+        sequence_tokens=windows.sequence_tokens,
+        scored_tokens=windows.scored_tokens,
+        start_tokens=tuple(start),
+    )
     return TokenizedText(info, table)

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 from mlxq.architecture.token_ids import check_ids, rows_of
 from mlxq.architecture.tokenizer import source_tokenizer
 from mlxq.calibration.streamed import StreamedModel
-from mlxq.calibration.text import SELF, TextInfo, TokenizedText, corpus_text, read_texts, sample_from, tokenize
+from mlxq.calibration.text import (
+    SELF,
+    TextInfo,
+    TokenizedText,
+    Windows,
+    corpus_text,
+    read_texts,
+    sample_from,
+    sampling_start,
+    start_tokens,
+    tokenize,
+)
 from mlxq.errors import BadInputError
 from mlxq.recipe.model import Calibration
 from mlxq.sources.base import ModelSource
@@ -55,21 +66,19 @@ def _batches(rows: Any) -> tuple[mx.array, ...]:
 
 
 def _text(calibration: Calibration, streamed: StreamedModel, tokenizer: Any) -> TokenizedText:
-    # A row of ``tokenize`` has one token more than its sequence.
-    length = SEQUENCE_TOKENS - 1
     limit = calibration.tokens + HELD_OUT_TOKENS
     if calibration.texts == (SELF,):
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        start = sampling_start(tokenizer)
         with streamed.hold_all():
-            model = streamed.sequence.model
-            sequences = max(2, limit // SEQUENCE_TOKENS)
-            return sample_from(model, sequence_tokens=length, sequences=sequences, start_token=start)
+            return sample_from(streamed.sequence.model, Windows(SEQUENCE_TOKENS - len(start)), start, tokens=limit)
     if calibration.texts == ("builtin",):
         text, name = corpus_text("calibration"), "shipped corpus (calibration)"
     else:
         files = [Path(text) for text in calibration.texts]
         text, name = read_texts(files), ", ".join(file.name for file in files)
-    return tokenize(text, name, tokenizer, sequence_tokens=length, limit=limit)
+    # A row has a token more than it predicts, and the start tokens: SEQUENCE_TOKENS with them.
+    windows = Windows(SEQUENCE_TOKENS - 1 - len(start_tokens(tokenizer)))
+    return tokenize(text, name, tokenizer, windows, limit=limit)
 
 
 def _tokenizer_of(source: ModelSource) -> Any:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
     from mlxq.errors import MlxqError
     from mlxq.planning.plan import Plan
     from mlxq.recipe.gates import GateResult
+
+
+class Score(str, Enum):
+    """Which predictions of a sequence count."""
+
+    everything = "all"
+    last_half = "last-half"
 
 
 def command(
@@ -42,6 +50,18 @@ def command(
         int | None,
         typer.Option("--tokens", min=512, max=10_000_000, help="Most tokens to compare on.", show_default=False),
     ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option("--window", min=16, help="Tokens of each sequence; 256 unless told.", show_default=False),
+    ] = None,
+    score: Annotated[
+        Score,
+        typer.Option(
+            "--score",
+            help="What counts of each sequence: all of it, or the last half, which has at least half a window before "
+            "it. '--window 512 --score last-half' are the windows of llama.cpp's tables.",
+        ),
+    ] = Score.everything,
     prompts: Annotated[
         Path | None,
         typer.Option("--prompts", help="File of prompts (lines, or chat messages as JSON lines) to answer."),
@@ -81,12 +101,14 @@ def command(
         raise BadInputError("nothing to compare with the original", "Name models or recipes after it.")
     start_mlx()
     from mlxq import api
+    from mlxq.calibration.text import WINDOW_TOKENS, Windows
     from mlxq.comparison.measure import Settings, read_prompts
     from mlxq.running.speed import usual_settings
 
     settings = Settings(
         texts=tuple(text or ()),
         tokens=tokens,
+        windows=Windows(window or WINDOW_TOKENS, last_half=score is Score.last_half),
         speed=usual_settings() if speed else None,
         prompts=read_prompts(prompts) if prompts else (),
     )

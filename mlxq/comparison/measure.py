@@ -8,17 +8,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from mlxq.architecture.config import context_length
 from mlxq.architecture.opening import open_lazily
 from mlxq.architecture.token_ids import check_ids, rows_of_model
 from mlxq.architecture.tokenizer import source_tokenizer
 from mlxq.calibration.text import (
     SELF,
+    WINDOW_TOKENS,
     TokenizedText,
+    Windows,
     corpus_text,
     read_texts,
     sample_from,
+    sampling_start,
     tokenize,
 )
+from mlxq.comparison.pairing import check_predictable, logit_count, padded_note, reads
 from mlxq.comparison.result import Comparison, ModelResult
 from mlxq.errors import BadInputError, ChildError
 from mlxq.headers import parse_json
@@ -84,13 +89,13 @@ class Measuring:
 class Settings:
     """What to compare on. ``texts``: files, or the word ``self``; none means the shipped corpus.
 
-    ``tokens`` is the most tokens predicted, in sequences of ``sequence_tokens``. ``speed`` None leaves timing
+    ``tokens`` is the most tokens scored, in sequences cut as ``windows`` says. ``speed`` None leaves timing
     out. ``answer_tokens`` is the longest answer to one of ``prompts``.
     """
 
     texts: tuple[str, ...] = ()
     tokens: int | None = None
-    sequence_tokens: int = 256
+    windows: Windows = field(default_factory=Windows)
     speed: SpeedSettings | None = field(default_factory=SpeedSettings)
     prompts: tuple[Any, ...] = ()
     answer_tokens: int = 128
@@ -180,40 +185,37 @@ def compare(
     """
     tokenizer = _required_tokenizer(reference)
     _check_tokenizers(reference, tokenizer, candidates)
+    _check_context(reference, settings)
     speed, not_timed = yield from _timed(reference, settings)
     model = evaluation_model(reference.load())
     yield Measuring("text", reference.name, 0, 1, None, None)
     text = _text(model, tokenizer, settings)
     check_ids(text.ids, rows_of_model(model), f"{reference.name}'s tokenizer")
-    batches = _batches(text, _vocabulary(model))
+    width = logit_count(model)
+    batches = _batches(text, width)
+    total = sum(tokens.size for tokens, _ in batches)
     held = yield from _watched(
         build_reference(model, [tokens for tokens, _ in batches]),
         "reference",
         reference.name,
-        text.info.tokens,
+        total,
     )
     del model
-    few = batches[: max(1, _FLOOR_TOKENS // batches[0][0].size)]
-    floor = yield from _watched(
-        measure_faithfulness(held, evaluation_model(reference.load(), own_dtype=True), few),
-        "noise floor",
-        reference.name,
-        sum(tokens.size for tokens, _ in few),
-    )
+    floor = yield from _noise_floor(held, reference, batches)
     results = [
         ModelResult(reference.name, reference.size, reference.layer_bits, None, speed, tied=False, not_timed=not_timed)
     ]
-    done = Comparison(tuple(results), text.info, floor, _notes(held, batches, settings), not candidates)
+    done = Comparison(tuple(results), text.info, floor, _notes(held, batches, text.info, settings), not candidates)
     yield done
     for candidate in candidates:
         speed, not_timed = yield from _timed(candidate, settings)
-        found = yield from _watched(
-            measure_faithfulness(held, _reads(text, candidate), batches),
-            "faithfulness",
-            candidate.name,
-            text.info.tokens,
-        )
-        results[0] = replace(results[0], reference_ppl=found.ppl_ref)
+        model = reads(text, candidate.load(), candidate.name)
+        their_width = logit_count(model)
+        check_predictable(text, min(width, their_width), candidate.name)
+        found = yield from _watched(measure_faithfulness(held, model, batches), "faithfulness", candidate.name, total)
+        del model
+        if results[0].reference_ppl is None or their_width >= width:
+            results[0] = replace(results[0], reference_ppl=found.ppl_ref)
         results.append(
             ModelResult(
                 candidate.name,
@@ -226,15 +228,19 @@ def compare(
                 budget=candidate.budget,
             )
         )
+        if their_width != width:
+            done = replace(done, notes=(*done.notes, padded_note(candidate.name, their_width, width)))
         done = replace(done, results=tuple(results), complete=len(results) == len(candidates) + 1)
         yield done
 
 
-def _reads(text: TokenizedText, candidate: Candidate) -> nn.Module:
-    """A candidate's model, whose embedding has a row for every token of ``text``."""
-    model = evaluation_model(candidate.load())
-    check_ids(text.ids, rows_of_model(model), f"{candidate.name}: the reference's tokenizer")
-    return model
+def _noise_floor(
+    held: Reference, reference: Candidate, batches: Sequence[tuple[mx.array, mx.array]]
+) -> Generator[Measuring, None, Faithfulness]:
+    """The reference in its own dtype against itself in fp32, on the first of ``batches``."""
+    few = batches[: max(1, _FLOOR_TOKENS // batches[0][0].size)]
+    steps = measure_faithfulness(held, evaluation_model(reference.load(), own_dtype=True), few)
+    return (yield from _watched(steps, "noise floor", reference.name, sum(tokens.size for tokens, _ in few)))
 
 
 def is_tied(found: Faithfulness, floor: Faithfulness) -> bool:
@@ -295,32 +301,29 @@ def _check_tokenizers(reference: Candidate, tokenizer: Any, candidates: Sequence
             )
 
 
+def _check_context(reference: Candidate, settings: Settings) -> None:
+    """Past the context that a model was made for its numbers mean little, and a table of positions has no row."""
+    context = context_length(reference.source.config) if reference.source else None
+    window = settings.windows.sequence_tokens
+    # The usual window is shorter than the context of any model in use.
+    if context and context < window > WINDOW_TOKENS:
+        raise BadInputError(
+            f"a window of {window:,} tokens is longer than {reference.name}'s context, {context:,}",
+            "Give a shorter one with --window.",
+        )
+
+
 def _text(model: nn.Module, tokenizer: Any, settings: Settings) -> TokenizedText:
-    texts, length = settings.texts, settings.sequence_tokens
+    texts, windows = settings.texts, settings.windows
     if texts == (SELF,):
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        sequences = max(2, (settings.tokens or 8192) // length)
-        return sample_from(model, sequence_tokens=length, sequences=sequences, start_token=start)
+        return sample_from(model, windows, sampling_start(tokenizer), tokens=settings.tokens or 8192)
     if SELF in texts:
         raise BadInputError("--text self does not mix with files", "Run compare once for each.")
     if not texts:
-        return tokenize(
-            corpus_text(),
-            "shipped corpus (evaluation)",
-            tokenizer,
-            sequence_tokens=length,
-            limit=settings.tokens,
-        )
+        return tokenize(corpus_text(), "shipped corpus (evaluation)", tokenizer, windows, limit=settings.tokens)
     files = [Path(text) for text in texts]
     name = ", ".join(file.name for file in files)
-    return tokenize(read_texts(files), name, tokenizer, sequence_tokens=length, limit=settings.tokens)
-
-
-def _vocabulary(model: nn.Module) -> int:
-    """Width of the logits; asks for their shape only, so nothing is computed."""
-    import mlx.core as mx
-
-    return int(model(mx.zeros((1, 1), dtype=mx.int32)).shape[-1])
+    return tokenize(read_texts(files), name, tokenizer, windows, limit=settings.tokens)
 
 
 def _batches(text: TokenizedText, vocabulary: int) -> list[tuple[mx.array, mx.array]]:
@@ -330,16 +333,19 @@ def _batches(text: TokenizedText, vocabulary: int) -> list[tuple[mx.array, mx.ar
 
     size = batch_size(text.info.sequence_tokens, vocabulary, free_memory_bytes())
     rows = [mx.array(text.ids[i : i + size]) for i in range(0, len(text.ids), size)]
-    return [(ids[:, :-1], ids[:, 1:]) for ids in rows]
+    return [(ids[:, :-1], ids[:, -text.info.scored_tokens :]) for ids in rows]
 
 
-def _notes(held: Reference, batches: Sequence[tuple[mx.array, mx.array]], settings: Settings) -> tuple[str, ...]:
-    count, length = batches[0][0].shape
+def _notes(
+    held: Reference, batches: Sequence[tuple[mx.array, mx.array]], text: TextInfo, settings: Settings
+) -> tuple[str, ...]:
+    count = batches[0][0].shape[0]
     notes = [
+        text.windows_in_words(),
         "Faithfulness: fp32 on dequantized weights, on a CPU."
         if on_cpu()
         else "Faithfulness: quantized kernels with fp32 activations, on the GPU.",
-        f"Run in batches of {count} sequences of {length} tokens.",
+        f"Run in batches of {count} sequences.",
     ]
     if not held.is_split:
         notes.append("The reference stayed in memory whole: its head could not be told from its body.")

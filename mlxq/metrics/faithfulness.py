@@ -77,8 +77,11 @@ def measure_tokens(reference: mx.array, candidate: mx.array, targets: mx.array) 
     """Compare fp32 logits (sequences, tokens, vocabulary) of two models; ``targets`` (sequences, tokens)
     follow.
 
+    Where one has more logits, for rows that only pad its embedding, both are taken over the ids that both have.
     On a CPU numpy does it, whose exponential is 16 times as fast as that of MLX's CPU backend.
     """
+    shared = min(reference.shape[-1], candidate.shape[-1])
+    reference, candidate = reference[..., :shared], candidate[..., :shared]
     measure = _measure_with_numpy if on_cpu() else _measure_with_mlx
     return measure(reference, candidate, targets)
 
@@ -146,15 +149,17 @@ def measure_faithfulness(
     """Run ``candidate`` over ``batches`` of (tokens, following tokens), as ``reference`` was built on the
     tokens.
 
-    Both are (sequences, length). Yields the tokens of each finished batch and returns the summary. Only one
-    batch's logits are in memory at a time.
+    Tokens are (sequences, length); of targets there may be fewer, which follow the last tokens of each sequence: what
+    comes before is then read and not scored. Yields the tokens of each finished batch and returns the summary. Only
+    one batch's logits are in memory at a time.
     """
     import mlx.core as mx
 
     parts = []
     for number, (tokens, targets) in enumerate(batches):
         ours = run_rows(lambda rows: candidate(rows).astype(mx.float32), tokens)
-        parts.append(measure_tokens(reference.logits(number, tokens), ours, targets))
+        scored = slice(-targets.shape[1], None)
+        parts.append(measure_tokens(reference.logits(number, tokens)[:, scored], ours[:, scored], targets))
         yield tokens.size
     return summarize(parts)
 
