@@ -18,6 +18,7 @@ from mlxq.recipe.load import load_recipe, names_recipe, recipe_from_dict, recipe
 from mlxq.recipe.model import Recipe
 from mlxq.recipe.target import Target
 from mlxq.retry import Waiting, told
+from mlxq.shown import Shown
 
 if TYPE_CHECKING:
     from mlxq.architecture.inspection import Inspection
@@ -57,7 +58,7 @@ def ignore(event: Event) -> None:
 
 
 @dataclass(frozen=True)
-class Inspected:
+class Inspected(Shown):
     """What is in a model, and whether each shipped recipe's result runs on ``device`` with ``context`` tokens."""
 
     inspection: Inspection

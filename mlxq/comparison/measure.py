@@ -27,6 +27,7 @@ from mlxq.metrics.size import Size, measure_size
 from mlxq.recipe.match import layer_index
 from mlxq.running.opened import without_paths
 from mlxq.running.speed import Speed, SpeedSettings, measure_speed
+from mlxq.shown import Shown
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -98,7 +99,7 @@ class ModelResult:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """The reference (first of ``results``) and every model measured so far.
 
     ``noise_floor`` is the reference in its own dtype against itself in fp32. ``notes`` say how it was
