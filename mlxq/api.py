@@ -22,6 +22,7 @@ from mlxq.shown import Shown
 
 if TYPE_CHECKING:
     from mlxq.architecture.inspection import Inspection
+    from mlxq.architecture.tokenizer import Encoding
     from mlxq.budget.spend import Scoring
     from mlxq.comparison.measure import Candidate, Comparison, Settings
     from mlxq.comparison.measure import Progress as Measuring
@@ -59,12 +60,16 @@ def ignore(event: Event) -> None:
 
 @dataclass(frozen=True)
 class Inspected(Shown):
-    """What is in a model, and whether each shipped recipe's result runs on ``device`` with ``context`` tokens."""
+    """What is in a model, and whether each shipped recipe's result runs on ``device`` with ``context`` tokens.
+
+    ``encoding`` is what its tokenizer makes of a text, None where it was given none.
+    """
 
     inspection: Inspection
     device: Device
     context: int
     fits: tuple[tuple[str, Fit], ...]
+    encoding: Encoding | None
 
 
 def as_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
@@ -124,10 +129,11 @@ def brought(source: ModelSource, *, on_event: OnEvent = ignore) -> ModelSource:
     return source if source.remote is None else told(fetch(source), on_event)
 
 
-def inspected(source: ModelSource, context: int, device: str | None) -> Inspected:
-    """See ``inspect``."""
+def inspected(source: ModelSource, context: int, device: str | None, text: str | None = None) -> Inspected:
+    """See ``mlxq.inspect``."""
     from mlxq.architecture.estimate import estimate
     from mlxq.architecture.inspection import inspect_model
+    from mlxq.architecture.tokenizer import encode_text
     from mlxq.machine.devices import find_device, this_machine
     from mlxq.machine.memory import fit
 
@@ -137,7 +143,8 @@ def inspected(source: ModelSource, context: int, device: str | None) -> Inspecte
     for recipe in shipped_recipes():
         footprint = estimate(found, recipe).footprint(found.config, context)
         fits.append((recipe.name, fit(footprint, machine)))
-    return Inspected(found, machine, context, tuple(fits))
+    encoding = None if text is None else encode_text(source, text)
+    return Inspected(found, machine, context, tuple(fits), encoding)
 
 
 def planned(recipe: Recipe, source: ModelSource, stored: Stored, *, on_event: OnEvent = ignore) -> Plan:

@@ -33,15 +33,19 @@ def inspect(
     *,
     context: int = 4096,
     device: str | None = None,
+    text: str | None = None,
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
 ) -> Inspected:
     """What is in a model and where it fits, from headers alone; needs neither MLX nor its weights.
 
     ``context`` is in tokens, ``device`` a name such as ``m4-max-64gb``; by default this machine.
-    Raises BadInputError where there is no such model or device.
+    ``text`` is encoded by the model's tokenizer, and decoded again.
+    Raises BadInputError where there is no such model or device, or its tokenizer does not open.
     """
-    return api.inspected(api.find_model(model, trusted=trust_remote_code, on_event=on_event), context, device)
+    wanted = text is not None
+    source = api.find_model(model, trusted=trust_remote_code, tokenizer=wanted, on_event=on_event)
+    return api.inspected(source, context, device, text)
 
 
 def plan(

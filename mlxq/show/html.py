@@ -37,6 +37,8 @@ def _inspected(found: Inspected) -> Iterator[str]:
 
     yield table_html(tables.inspection_table(found.inspection))
     yield table_html(tables.module_table(found.inspection.modules, folded=True))
+    if found.encoding is not None:
+        yield table_html(tables.encoding_table(found.encoding))
     yield _line(tables.fit_heading(found.device, found.context))
     yield table_html(tables.fit_table(found.fits, found.device))
 
