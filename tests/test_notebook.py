@@ -74,4 +74,7 @@ def test_every_cell_runs_and_shows_what_it_says(notebook: Any, tmp_path: Path, m
     assert cells["spend"].count("<svg") == 1
     assert cells["curve"].count("chosen") == 1
     assert "afternoon-best" in cells["again"]
-    assert not [cell for cell in notebook.cells for output in cell.get("outputs", ()) if output.get("name") == "stderr"]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    said = [output["text"] for output in outputs if output.get("name") == "stderr"]
+    # Of a package that draws bars in notebooks, where it finds no ipywidgets.
+    assert not [text for text in said if "IProgress not found" not in text]
