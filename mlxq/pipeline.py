@@ -27,20 +27,22 @@ from mlxq.shown import Shown
 from mlxq.sources.base import ModelSource
 from mlxq.sources.download import Downloading, fetch, fetch_companions
 from mlxq.sources.gguf_parts import model_name
+from mlxq.sources.unchanged import check_unchanged
 from mlxq.writing.disk_space import check_room
 from mlxq.writing.execute import Progress, execute
 from mlxq.writing.folder import PartialFolder
 from mlxq.writing.low_disk import execute_by_shards
 from mlxq.writing.report import build_report, check_trust, hash_files, source_facts, write_report
+from mlxq.writing.standing import check_output
 from mlxq.writing.verify import check_companions, check_written
 
 
 @dataclass(frozen=True)
 class Resumed:
-    """An interrupted run was found: ``step_count`` parameters were finished, or it was of another plan."""
+    """An interrupted run was found: ``step_count`` parameters were finished, or it was ``discarded``, in words."""
 
     step_count: int
-    discarded: bool
+    discarded: str | None
     folder: Path
 
 
@@ -139,13 +141,13 @@ def run(
     then stays in ``out.partial``, and the same call continues from it.
     """
     began = time.perf_counter()
-    check_output(plan, out, force=force)
+    check_output(plan.source, out, force=force)
     plan = yield from with_weights(plan, out, low_disk=low_disk)
     if remark := check_companions(plan):
         yield Remark(remark)
     with PartialFolder(plan, out, force=force) as partial:
         if partial.found.done or partial.found.discarded:
-            yield Resumed(len(partial.found.done), partial.found.discarded, partial.folder)
+            yield Resumed(len(partial.found.done), partial.found.discarded, partial.place)
         write = execute if plan.source.remote is None else execute_by_shards
         yield from write(plan, partial)
         executed = time.perf_counter()
@@ -161,28 +163,9 @@ def run(
         report["card"] = dict(plan.source.card.values)
         write_card(report, partial.folder, out.name)
         write_report(report, partial.folder)
+        check_unchanged(plan.source)
         partial.publish()
     yield Finished(out, report)
-
-
-def check_output(plan: Plan, out: Path, *, force: bool) -> None:
-    """Raise BadInputError for an ``out`` that cannot be made, or whose replacement would take other things with it."""
-    if out.name in ("", ".."):
-        raise BadInputError(f"{out} is no name for a new folder", "Give it one: -o NAME.")
-    target = out.resolve()
-    files = [] if plan.source.remote else plan.source.weight_files
-    if any(target in (path, *path.parents) for file in files for path in (file.absolute(), file.resolve())):
-        raise BadInputError(f"{out} holds the model that it would be made from", "Choose another -o.")
-    if not (out.exists() or out.is_symlink()):
-        return
-    if not force:
-        raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-    if out.is_symlink():
-        raise BadInputError(f"{out} is a link, and --force replaces only a folder", f"Name the folder: -o {target}.")
-    if not out.is_dir() or not ((out / "config.json").is_file() or not any(out.iterdir())):
-        raise BadInputError(
-            f"{out} is not a model folder, and --force replaces nothing else", "Remove it, or choose another -o."
-        )
 
 
 def recorded_model(report: Mapping[str, Any]) -> str:

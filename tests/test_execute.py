@@ -92,38 +92,6 @@ def test_work_on_another_plan_is_not_mixed_in(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization"]["bits"] == 8
 
 
-def test_an_existing_output_is_untouched_without_force(tmp_path: Path) -> None:
-    plan = plan_of(llama(tmp_path / "model"))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").write_text("precious")
-    with pytest.raises(BadInputError, match="already exists"):
-        next(run(plan, tmp_path / "out"))
-    assert (tmp_path / "out" / "mine").read_text() == "precious"
-    with pytest.raises(BadInputError, match="not a model folder"):
-        next(run(plan, tmp_path / "out", force=True))
-    assert (tmp_path / "out" / "mine").read_text() == "precious"
-    (tmp_path / "out" / "config.json").write_text("{}")
-    *_, last = run(plan, tmp_path / "out", force=True)
-    assert isinstance(last, Finished)
-    assert not (tmp_path / "out" / "mine").exists()
-
-
-def test_force_never_takes_the_source_with_it(tmp_path: Path) -> None:
-    model = llama(tmp_path / "project" / "model")
-    plan, before = plan_of(model), hashes(model)
-    (tmp_path / "link").symlink_to(model)
-    for out, said in [
-        (model, "would be made from"),
-        (model.parent, "would be made from"),
-        (tmp_path / "link", "would be made from"),
-        (tmp_path / "link" / "..", "no name"),
-        (Path("."), "no name"),
-    ]:
-        with pytest.raises(BadInputError, match=said):
-            next(run(plan, out, force=True))
-    assert hashes(model) == before
-
-
 @pytest.mark.parametrize("name", ["4bit", "mxfp4"])
 def test_weights_that_are_no_numbers_are_not_quantized_into_some(name: str, tmp_path: Path) -> None:
     weights = build(LLAMA)[1]

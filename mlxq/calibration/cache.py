@@ -26,7 +26,7 @@ def scores_key(plan: Plan, text_sha256: str, tokens: int) -> str:
     """What scores depend on beside module and format: the weights, the text, the encoder, and this code."""
     import mlx.core as mx
 
-    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in plan.source.weight_files]
+    weights = [(file.name, str(plan.source.as_opened[file])) for file in plan.source.weight_files]
     dtypes = [(step.path, step.spec.dtype) for step in plan.steps]
     encoders = sorted({scored_by(plan.recipe.method, fmt).name for fmt in plan.recipe.options})
     facts = [SCORES_VERSION, weights, dtypes, text_sha256, tokens, "+".join(encoders), str(mx.default_device())]

@@ -40,18 +40,18 @@ def show_plan(plan: Plan, *, out: Path, why: str | None, low_disk: bool = False)
 def write_model(plan: Plan, out: Path, *, force: bool, generate: bool, low_disk: bool = False) -> Finished:
     """Run a plan with progress, then show the result and the line that tries it."""
     from mlxq import api
-    from mlxq.pipeline import check_output
     from mlxq.show.plan_tables import plan_notes
+    from mlxq.writing.standing import check_output, partial_of
 
     began = time.perf_counter()
-    check_output(plan, out, force=force)
+    check_output(plan.source, out, force=force)
     for line in plan_notes(plan):
         console.note(line)
     if low_disk and plan.source.remote is None:
         console.note(f"{plan.source.name} is on this disk already, so --low-disk changes nothing")
     if not low_disk:
         plan = brought_for(plan, out)
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     try:
         with watching(f"Writing {out.name}") as tell:
             finished = api.write(plan, out, force=force, low_disk=low_disk, on_event=tell)

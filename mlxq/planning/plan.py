@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -215,11 +216,11 @@ class Plan(Shown):
             for text in self.calibration.texts:
                 if (file := Path(text)).is_file():
                     digest.update(file.read_bytes())
+        digest.update(json.dumps(dict(self.source.config), sort_keys=True, default=str).encode())
         for file in self.source.weight_files:
-            stat = file.stat()
             if self.source.revision is not None:
                 # A commit names the bytes, wherever and whenever they are fetched.
-                digest.update(f"{self.source.revision} {file.name} {stat.st_size}\n".encode())
-                continue
-            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+                digest.update(f"{self.source.revision} {file.name}\n".encode())
+            else:
+                digest.update(f"{file.name} {self.source.as_opened[file]}\n".encode())
         return digest.hexdigest()

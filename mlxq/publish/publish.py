@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import suppress
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mlxq import __version__
 from mlxq.errors import MlxqError
+from mlxq.files import write_durably
 from mlxq.publish.check import Checked
 from mlxq.publish.hub import HubFile, asked_patiently, check_login, files_of, hub_api
 from mlxq.publish.outlook import FileChange, Outlook, change_of, look, refuse
@@ -139,10 +139,8 @@ def _prove(checked: Checked, drawn: Mapping[str, bytes], after: Mapping[str, Hub
 def _keep(drawn: Mapping[str, bytes], folder: Path) -> None:
     """Leave the folder as it was published; one that cannot be written to stays as it was."""
     for name, content in drawn.items():
-        temporary = folder / f"{name}.new"
         with suppress(PermissionError):
-            temporary.write_bytes(content)
-            os.replace(temporary, folder / name)
+            write_durably(folder / name, content)
 
 
 def _add_to_collection(api: HfApi, target: Target) -> Generator[Waiting, None, None]:

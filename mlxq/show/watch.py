@@ -110,7 +110,7 @@ class _Watcher:
 
     def _resumed(self, event: Any) -> None:
         if event.discarded:
-            console.warn(f"{event.folder} held work on another plan; it was started afresh")
+            console.warn(f"{event.folder} held {event.discarded}; it was started afresh")
         else:
             console.note(f"continuing {event.folder}: {event.step_count} tensors were finished")
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mlxq.files import FileState
 from mlxq.methods.formats import Format
 from mlxq.tensors import TensorSpec
 
@@ -62,6 +63,10 @@ class ModelSource(Protocol):
 
     def file_of(self, name: str) -> Path:
         """The weight file that holds a tensor."""
+
+    @property
+    def as_opened(self) -> Mapping[Path, FileState]:
+        """The files that the model is made from, as they were before any of them was read."""
 
     @property
     def stored_bytes(self) -> int:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError
+from mlxq.files import FileState, states_of
 from mlxq.methods.formats import AFFINE, Format
 from mlxq.recipe.match import layer_index
 from mlxq.sources.card import SourceCard, card_of_gguf, model_of_gguf
@@ -23,7 +24,7 @@ from mlxq.sources.gguf_names import (
     layout_of,
     permutation_width,
 )
-from mlxq.sources.gguf_parts import read_gguf
+from mlxq.sources.gguf_parts import parts_of, read_gguf
 from mlxq.sources.gguf_tokenizer import check_rows, check_tokenizer, tokenizer_files
 from mlxq.sources.quantization import Quantization
 from mlxq.sources.safetensors import pread_exactly
@@ -64,6 +65,7 @@ class GGUFSource:
     weights_folder: Path | None = None
     remote: HubModel | None = None
     scratch: Scratch | None = None
+    as_opened: Mapping[Path, FileState] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
@@ -200,6 +202,7 @@ def open_gguf(path: Path, name: str) -> GGUFSource:
     Raises BadInputError where it is not GGUF, cut short, without one of its parts, of an architecture, tensor type or
     tokenizer that can't be rebuilt, or lacks what the model needs.
     """
+    before = states_of(path.with_name(part) for part in parts_of(path.name))
     header = read_gguf(path)
     layout = layout_of(header)
     check_tokenizer(header.metadata, str(path))
@@ -214,7 +217,7 @@ def open_gguf(path: Path, name: str) -> GGUFSource:
             if stored.name != ROPE_FREQUENCIES
         )
     }
-    return GGUFSource(name, header, config, bound, model_of_gguf(header.metadata))
+    return GGUFSource(name, header, config, bound, model_of_gguf(header.metadata), as_opened=before)
 
 
 def recipe_yaml_from_gguf(source: GGUFSource) -> str:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError
+from mlxq.files import FileState, states_of
 from mlxq.headers import StoredTensor, read_file_header, read_json
 from mlxq.sources.belongings import LINK, OPENED, TEMPLATES, check_stays, left_behind, stays, travels
 from mlxq.sources.card import SourceCard, card_in
 from mlxq.sources.quantization import Quantization, believed, stated_quantization
+from mlxq.sources.unchanged import files_of
 from mlxq.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -76,6 +78,7 @@ class SafetensorsFolder:
     kind: str = "safetensors"
     remote: HubModel | None = None
     scratch: Scratch | None = None
+    as_opened: Mapping[Path, FileState] = field(default_factory=dict)
     not_taken: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -190,6 +193,7 @@ def open_folder(folder: Path, name: str, *, trusted: bool = False, scratch: Scra
         if any(folder.glob("*.gguf")):
             hint = f"It holds GGUF files; name one of them, such as {next(iter(sorted(folder.glob('*.gguf'))))}."
         raise BadInputError(f"{folder} is not a model folder: it has no config.json", hint)
+    before = states_of(file for pattern in ("*", "*/*") for file in folder.glob(pattern))
     files = sorted(folder.glob("model*.safetensors"))
     if scratch is None:
         check_stays([*(folder / file for file in (*OPENED, "generation_config.json")), *files], folder)
@@ -223,4 +227,5 @@ def open_folder(folder: Path, name: str, *, trusted: bool = False, scratch: Scra
             stored[tensor.spec.name] = tensor
     if not stored:
         raise BadInputError(f"{folder} holds no tensors")
-    return SafetensorsFolder(name, folder, believed(config, stored), stored, trusted=trusted, scratch=scratch)
+    source = SafetensorsFolder(name, folder, believed(config, stored), stored, trusted=trusted, scratch=scratch)
+    return replace(source, as_opened={file: before[file] for file in files_of(source) if file in before})

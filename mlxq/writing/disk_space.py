@@ -11,6 +11,7 @@ from mlxq.errors import BadInputError, MlxqError
 from mlxq.planning.plan import Plan
 from mlxq.sources.hub_files import cached_file
 from mlxq.writing.low_disk import most_held_bytes, stages
+from mlxq.writing.standing import partial_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def check_room(plan: Plan, out: Path, *, low_disk: bool = False) -> None:
     if plan.source.remote is None:
         return
     room = room_needed(plan, out, low_disk=low_disk)
-    partial = out.with_name(out.name + ".partial")
+    partial = partial_of(out)
     taken = sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file()) if partial.is_dir() else 0
     wanted = {room.output: room.output_bytes - taken}
     same = os.stat(room.source).st_dev == os.stat(room.output).st_dev

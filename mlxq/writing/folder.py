@@ -1,82 +1,79 @@
 """The folder being written: preallocated shards, a journal of finished steps, and the rename that makes it real.
 
-Work goes to ``OUT.partial``. Its journal's first line names the plan by fingerprint, every further line one finished
-step, so that the same command continues where a killed one stopped.
+Work goes to ``OUT.partial/model``, beside a journal from which the same command continues where a killed one, or a
+machine that lost its power, stopped. The journal is also the lock, and stays until the model has its name.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from mlxq.errors import BadInputError, MlxqError
+from mlxq.errors import MlxqError
+from mlxq.files import sync, sync_file, sync_folder
 from mlxq.planning.layout import config_text
-from mlxq.planning.plan import Plan
+from mlxq.planning.plan import Plan, Shard
+from mlxq.writing.journal import Journal
+from mlxq.writing.standing import MODEL, SOURCE, check_output, left_aside, partial_of, replaced_of
 from mlxq.writing.trailing import Trailing
-
-JOURNAL = "journal.jsonl"
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a partial folder held: finished step paths, and whether older work on another plan was discarded."""
+    """What a partial folder held: finished step paths, or what was ``discarded``, in words."""
 
     done: frozenset[str]
-    discarded: bool
+    discarded: str | None
 
 
 class PartialFolder:
-    """Opens ``OUT.partial`` for one plan, takes bytes at known places, and turns into ``OUT`` at the end."""
+    """Opens ``OUT.partial`` for one plan, takes bytes at known places, and turns into ``OUT`` at the end.
+
+    ``place`` is ``OUT.partial``, ``folder`` the model inside it.
+    """
 
     def __init__(self, plan: Plan, out: Path, *, force: bool = False) -> None:
         """Create the folder or take up an interrupted one.
 
-        Raises BadInputError where ``out`` exists and ``force`` is not given, or another run writes it now;
-        MlxqError where the disk has no room for the whole output.
+        Raises BadInputError where ``out`` exists and ``force`` is not given, another run writes it now, or the folder
+        is somebody else's; MlxqError where the disk has no room for the whole output.
         """
-        if out.exists() and not force:
-            raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
         self.out = out
-        self.folder = out.with_name(out.name + ".partial")
+        self.place = partial_of(out)
+        self.folder = self.place / MODEL
         self.plan = plan
+        self.force = force
         try:
+            check_output(plan.source, out, force=force)
             self._open()
         except OSError as exc:
-            raise _explained(exc, self.folder) from exc
+            raise _explained(exc, self.place) from exc
 
     @property
     def source_folder(self) -> Path:
         """Where weights of the source may be kept while they are needed."""
-        return self.folder / "source"
+        return self.place / SOURCE
 
     def _open(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = (self.folder / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            self._lock.close()
-            raise BadInputError(
-                f"another run is writing {self.folder} right now", "Wait for it, or choose another -o."
-            ) from exc
+        self._journal = Journal(self.place)
         self._descriptors: dict[str, int] = {}
         try:
+            # Once more, now that nobody else can make them: another run may have ended in between.
+            check_output(self.plan.source, self.out, force=self.force)
             self.found = self._take_up()
             self.done = set(self.found.done)
             self._preallocate()
         except BaseException:
+            self._journal.remove_if_new()
             self.close()
             raise
-        self._journal = (self.folder / JOURNAL).open("a", encoding="utf-8")
         self._trailing = Trailing(self.plan, self._descriptors, self.done, self._sync)
 
     def __enter__(self) -> PartialFolder:
@@ -87,30 +84,38 @@ class PartialFolder:
     ) -> None:
         self.close()
         if isinstance(exc, OSError):
-            raise _explained(exc, self.folder) from exc
+            raise _explained(exc, self.place) from exc
 
     def _take_up(self) -> Found:
-        """Read the journal; work on another plan is discarded."""
+        """Read the journal; work on another plan, or that a damaged journal spoke of, is discarded."""
         fingerprint = self.plan.fingerprint()
-        journal = self.folder / JOURNAL
-        lines = list(_whole_lines(journal)) if journal.is_file() else []
-        if lines and lines[0].get("plan") == fingerprint:
-            return Found(frozenset(str(line["step"]) for line in lines[1:]), discarded=False)
-        for file in self.folder.iterdir():
-            if file.name != "lock":
-                shutil.rmtree(file) if file.is_dir() else file.unlink()
-        journal.write_text(json.dumps({"plan": fingerprint}) + "\n", encoding="utf-8")
-        return Found(frozenset(), discarded=bool(lines))
+        entries = self._journal.entries
+        begun = self.folder.is_dir()
+        whole = all(_size(self.folder / shard.file) == shard.nbytes for shard in self.plan.shards)
+        goes_on = entries.plan == fingerprint and whole
+        if not goes_on:
+            for folder in (self.folder, self.source_folder):
+                if folder.is_dir():
+                    shutil.rmtree(folder)
+        self._journal.begin(fingerprint, afresh=not goes_on)
+        if goes_on:
+            return Found(entries.finished | _on_disk(self.plan, entries.synced), None)
+        if not begun or entries.plan == fingerprint:
+            return Found(frozenset(), None)
+        return Found(
+            frozenset(), "a journal that cannot be relied on" if entries.plan is None else "work on another plan"
+        )
 
     def _preallocate(self) -> None:
         """Give every shard its full size and its header now, so that a full disk shows before any work."""
+        self.folder.mkdir(exist_ok=True)
         existing = sum(f.stat().st_blocks * 512 for f in self.folder.iterdir())
         free = shutil.disk_usage(self.folder).free
         sidecars = self.plan.source.sidecars.values()
         needed = self.plan.file_bytes + sum(len(s) if isinstance(s, bytes) else s.stat().st_size for s in sidecars)
         if needed > free + existing:
             raise MlxqError(
-                f"{self.folder} needs {needed:,} bytes, and its disk has {free + existing:,} for it",
+                f"{self.place} needs {needed:,} bytes, and its disk has {free + existing:,} for it",
                 "Free some space, or choose another -o; what is already written is kept.",
             )
         for shard in self.plan.shards:
@@ -121,11 +126,14 @@ class PartialFolder:
                     os.posix_fallocate(descriptor, 0, shard.nbytes)
                 except OSError as exc:
                     if exc.errno == errno.ENOSPC:
-                        raise disk_full(self.folder) from exc
+                        raise disk_full(self.place) from exc
                     os.truncate(descriptor, shard.nbytes)
             else:
                 os.truncate(descriptor, shard.nbytes)
             self.write(shard.file, shard.header, 0)
+        # Their names first: the journal must not speak of bytes of a file that power loss takes away.
+        sync_folder(self.folder)
+        sync_folder(self.place)
 
     def write(self, file: str, data: bytes | memoryview, offset: int) -> None:
         """Write ``data`` at ``offset`` of a shard. Safe from several threads."""
@@ -135,12 +143,11 @@ class PartialFolder:
             while done < len(view):
                 done += os.pwrite(self._descriptors[file], view[done : done + (1 << 30)], offset + done)
         except OSError as exc:
-            raise _explained(exc, self.folder) from exc
+            raise _explained(exc, self.place) from exc
 
     def finished(self, path: str) -> None:
         """Note in the journal that every byte of a step is written. Raises MlxqError where the disk lost some."""
-        self._journal.write(json.dumps({"step": path}) + "\n")
-        self._journal.flush()
+        self._journal.note(step=path)
         self.done.add(path)
         self._trailing.finished(path)
 
@@ -148,17 +155,19 @@ class PartialFolder:
         """SHA-256 of each shard as read back from its file, by name, once every step is finished."""
         return self._trailing.sha256()
 
-    def _sync(self, file: str) -> None:
-        """Bring what is written of a shard to the disk."""
+    def _sync(self, file: str, upto: int) -> None:
+        """Bring what is written of a shard to the disk; it is whole from its start to byte ``upto``."""
         try:
-            os.fsync(self._descriptors[file])
+            sync(self._descriptors[file])
         except OSError as exc:
             # The system says so once, and not what is lost: nothing that the journal holds can be relied on.
-            (self.folder / JOURNAL).unlink(missing_ok=True)
+            self._journal.forget()
             raise MlxqError(
                 f"the disk did not take what was written to {self.folder / file}: {exc.strerror}",
                 "See that it has room and works; the same command then starts afresh.",
             ) from exc
+        self._journal.note(synced=file, bytes=upto)
+        self._journal.sync()
 
     def write_sidecars(self) -> None:
         """Write config, index and byte copies of the source's tokenizer and other companions."""
@@ -179,38 +188,53 @@ class PartialFolder:
                 shutil.copyfile(content, file)
 
     def publish(self) -> None:
-        """Flush to disk and rename to ``out``; an older ``out`` is removed only after the new one stands."""
-        for file in self._descriptors:
-            self._sync(file)
-        self.close()
-        for name in (JOURNAL, "lock"):
-            (self.folder / name).unlink()
-        shutil.rmtree(self.source_folder, ignore_errors=True)
-        if self.out.exists():
-            old = self.out.with_name(self.out.name + ".replaced")
-            if old.exists():
-                _remove(old)
-            self.out.rename(old)
-            self.folder.rename(self.out)
-            _remove(old)
-        else:
-            self.folder.rename(self.out)
+        """Bring everything to the disk and give it the name ``out``; an older ``out`` goes only once the new stands.
 
-    def close(self) -> None:
-        """Let go of files and the lock; the folder stays as it is."""
+        The lock is kept to the end. Raises BadInputError where ``out`` is no longer what it was at the start.
+        """
+        for shard in self.plan.shards:
+            self._sync(shard.file, shard.nbytes)
+        self._let_go()
+        _sync_small_files(self.folder, {shard.file for shard in self.plan.shards})
+        sync_folder(self.place)
+        check_output(self.plan.source, self.out, force=self.force)
+        old = self._put_aside()
+        self.folder.rename(self.out)
+        # Where it went first: a file system may bring the two to the disk apart.
+        sync_folder(self.out.parent)
+        sync_folder(self.place)
+        if old is not None:
+            shutil.rmtree(old)
+        if self.source_folder.is_dir():
+            shutil.rmtree(self.source_folder)
+        self._journal.remove()
+
+    def _put_aside(self) -> Path | None:
+        """Rename what stands at ``out``; returns what is to be removed once the new model stands there."""
+        old, left = replaced_of(self.out), left_aside(self.out)
+        if not self.out.exists():
+            return old if left else None
+        if left:
+            shutil.rmtree(old)
+        self._journal.note(replacing=True)
+        self._journal.sync()
+        self.out.rename(old)
+        sync_folder(self.out.parent)
+        return old
+
+    def _let_go(self) -> None:
+        """Stop what reads the shards, and close them."""
         if hasattr(self, "_trailing"):
             self._trailing.stop()
         for descriptor in self._descriptors.values():
             with contextlib.suppress(OSError):
                 os.close(descriptor)
         self._descriptors = {}
-        if hasattr(self, "_journal"):
-            self._journal.close()
-        self._lock.close()
 
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    def close(self) -> None:
+        """Let go of files and the lock; the folder stays as it is."""
+        self._let_go()
+        self._journal.close()
 
 
 def disk_full(folder: Path) -> MlxqError:
@@ -228,12 +252,32 @@ def _explained(exc: OSError, folder: Path) -> MlxqError:
     return MlxqError(f"cannot write {exc.filename or folder}: {exc.strerror or exc}")
 
 
-def _whole_lines(journal: Path) -> Iterator[Mapping[str, Any]]:
-    """The journal's complete lines; a line cut off by a crash ends it."""
-    for line in journal.read_text(encoding="utf-8").splitlines(keepends=True):
-        if not line.endswith("\n"):
-            return
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+def _on_disk(plan: Plan, synced: Mapping[str, int]) -> frozenset[str]:
+    """Steps whose every byte lies in what is on the disk for certain: so many bytes from the start of each shard."""
+    there = {
+        spec_name
+        for shard in plan.shards
+        for spec_name, end in _ends(shard).items()
+        if end <= synced.get(shard.file, 0)
+    }
+    return frozenset(step.path for step in plan.steps if all(spec.name in there for spec in step.outputs))
+
+
+def _ends(shard: Shard) -> dict[str, int]:
+    """Where the bytes of each tensor of a shard end: where those of the next begin."""
+    names = sorted(shard.offsets, key=lambda name: shard.offsets[name])
+    return dict(zip(names, [*(shard.offsets[name] for name in names[1:]), shard.nbytes], strict=True))
+
+
+def _size(file: Path) -> int | None:
+    """Bytes of a file, None where it is none."""
+    return file.stat().st_size if file.is_file() and not file.is_symlink() else None
+
+
+def _sync_small_files(folder: Path, shards: Collection[str]) -> None:
+    """Bring all of a model to the disk but its ``shards``, which are there: files, and the folders' names of them."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if name not in shards:
+                sync_file(Path(place, name))
+        sync_folder(Path(place))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from mlxq import __version__
 from mlxq.errors import BadInputError
-from mlxq.files import sha256_file
+from mlxq.files import NEW, sha256_file, write_durably
 from mlxq.headers import encode_header, read_json
 from mlxq.metrics.size import Size
 from mlxq.places import without_places
@@ -120,14 +119,14 @@ def shareable(report: Mapping[str, Any], recipe: Recipe | None = None) -> dict[s
 
 
 def hash_files(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a finished folder but ``mlxq.json`` itself and the work files.
+    """Size and SHA-256 of every file of a finished folder but ``mlxq.json`` itself.
 
     ``known``, by name, need not be hashed again.
     """
     from concurrent.futures import ThreadPoolExecutor
 
     known = known or {}
-    skipped = {FILE_NAME, FILE_NAME + ".new", "journal.jsonl", "lock"}
+    skipped = {FILE_NAME, FILE_NAME + NEW}
     inside = (*folder.iterdir(), *(folder / TEMPLATES).glob("*"))
     names = sorted(f.relative_to(folder).as_posix() for f in inside if f.is_file() and f.name not in skipped)
     with ThreadPoolExecutor(2) as pool:
@@ -149,10 +148,8 @@ def report_bytes(report: Mapping[str, Any]) -> bytes:
 
 
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
-    """Write ``mlxq.json`` so that a reader sees the old or the new one, never half."""
-    temporary = folder / (FILE_NAME + ".new")
-    temporary.write_bytes(report_bytes(report))
-    os.replace(temporary, folder / FILE_NAME)
+    """Write ``mlxq.json``: a reader, and power loss, find the old or the new one, never half."""
+    write_durably(folder / FILE_NAME, report_bytes(report))
 
 
 def read_report(file: Path) -> dict[str, Any]:

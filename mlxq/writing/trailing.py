@@ -23,9 +23,12 @@ class Trailing:
     """One thread that follows the finished steps of a plan through its shards."""
 
     def __init__(
-        self, plan: Plan, descriptors: Mapping[str, int], done: Iterable[str], sync: Callable[[str], None]
+        self, plan: Plan, descriptors: Mapping[str, int], done: Iterable[str], sync: Callable[[str, int], None]
     ) -> None:
-        """Start with the steps that are ``done``. ``sync`` brings a shard, named by its file, to the disk."""
+        """Start with the steps that are ``done``.
+
+        ``sync`` brings a shard, named by its file, to the disk; it is told up to which byte the shard is whole.
+        """
         self._step_of = {spec.name: (step.path, spec.nbytes) for step in plan.steps for spec in step.outputs}
         self._descriptors = descriptors
         self._sync = sync
@@ -75,7 +78,7 @@ class Trailing:
                 digest.update(buffer[:count])
                 position += count
                 if position - synced >= SYNC_BYTES or position == shard.nbytes:
-                    self._sync(shard.file)
+                    self._sync(shard.file, position)
                     synced = position
         return digest.hexdigest()
 

@@ -1,0 +1,1 @@
+"""Campaigns: hundreds of faults with a fixed seed and a summary line each; the suite runs a short version."""
