@@ -122,11 +122,11 @@ def convert(
 def compare(
     reference: str | Path,
     *candidates: str | Path | Mapping[str, Any] | Recipe,
-    texts: Sequence[str | Path] = (),
+    texts: str | Path | Sequence[str | Path] = (),
     tokens: int | None = None,
-    prompts: Sequence[str | Sequence[Mapping[str, str]]] = (),
+    prompts: str | Sequence[str | Sequence[Mapping[str, str]]] = (),
     speed: bool = True,
-    gates: Sequence[str] = (),
+    gates: str | Sequence[str] = (),
     trust_remote_code: bool = False,
     on_event: OnEvent = ignore,
 ) -> Comparison:
@@ -142,20 +142,27 @@ def compare(
         raise BadInputError("nothing to compare with the original", "Name models or recipes after it.")
     if prompts and not speed:
         raise BadInputError("prompts are answered where speed is measured", "Leave out speed=False, or the prompts.")
-    parsed = [parse_gate(gate) for gate in gates]
+    parsed = [parse_gate(gate) for gate in _several(gates)]
     start_mlx()
     from mlxq.comparison.measure import Settings
     from mlxq.running.speed import usual_settings
 
     settings = Settings(
-        texts=tuple(map(str, texts)),
+        texts=tuple(map(str, _several(texts))),
         tokens=tokens,
         speed=usual_settings() if speed else None,
-        prompts=tuple(each if isinstance(each, str) else [dict(message) for message in each] for each in prompts),
+        prompts=tuple(
+            each if isinstance(each, str) else [dict(message) for message in each] for each in _several(prompts)
+        ),
     )
     done = api.compared(reference, candidates, settings, trusted=trust_remote_code, on_event=on_event)
     api.require_gates(api.gate_results(parsed, done))
     return done
+
+
+def _several(given: Any) -> Sequence[Any]:
+    """What was given, and one text or path as a list of it: it would else be read letter by letter."""
+    return [given] if isinstance(given, str | Path) else given
 
 
 def upload(

@@ -59,7 +59,7 @@ def test_it_shows_its_names_and_has_no_others() -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_says_what_it_takes_and_raises(verb: str) -> None:
     function = getattr(mlxq, verb)
-    assert "Raises " in inspect.getdoc(function)
+    assert "Raises " in (inspect.getdoc(function) or "")
     options = inspect.signature(function).parameters.values()
     for option in options:
         if option.default is not inspect.Parameter.empty:
@@ -164,12 +164,20 @@ def test_what_is_asked_wrongly_is_said_before_any_work(model: Path) -> None:
 def test_a_gate_that_fails_loses_neither_model_nor_comparison(model: Path) -> None:
     events: list[Any] = []
     with pytest.raises(mlxq.GateError, match="kl_mean<1e-09"):
-        mlxq.compare(model, "4bit", tokens=512, speed=False, gates=["kl_mean<1e-09"], on_event=events.append)
+        mlxq.compare(model, "4bit", tokens=512, speed=False, gates="kl_mean<1e-09", on_event=events.append)
     assert events[-1].complete
     with pytest.raises(mlxq.GateError, match="size_bytes<1") as caught:
         mlxq.quantize(model, {"default": {"bits": 4}, "gates": ["size_bytes<1"]})
     assert str(caught.value.hint) == "The model is in model-recipe."
     assert Path("model-recipe/mlxq.json").is_file()
+
+
+def test_what_is_compared_on_may_be_one_text_and_one_question(model: Path) -> None:
+    Path("notes.txt").write_text("a; b; c; " * 2000)
+    compared = mlxq.compare(model, "4bit", texts="notes.txt", tokens=512, prompts="Why?")
+    assert compared.text.name == "notes.txt"
+    assert compared.reference.speed is not None
+    assert [answer.prompt for answer in compared.reference.speed.answers] == ["Why?"]
 
 
 def test_upload_takes_a_name_or_a_target(model: Path, hub: Any) -> None:

@@ -18,7 +18,7 @@ NOTEBOOK = ROOT / "docs" / "quickstart.ipynb"
 
 @pytest.fixture
 def notebook() -> Any:
-    return nbformat.read(NOTEBOOK, as_version=4)
+    return nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
 
 
 def test_it_is_kept_without_outputs(notebook: Any) -> None:
