@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 import mlxq
@@ -19,6 +20,7 @@ from mlxq.show.html import as_html, table_html
 from mlxq.show.tables import plain_table
 from tests.documents import ROOT, inline_code
 from tests.test_docs import stand_in
+from tests.test_gguf import write_gguf
 from tests.test_imports import HEAVY, loaded_by
 
 VERBS = ("inspect", "plan", "quantize", "convert", "compare", "upload")
@@ -159,6 +161,23 @@ def test_what_is_asked_wrongly_is_said_before_any_work(model: Path) -> None:
         mlxq.convert("no-such-model", dequantize=True, keep_quantization=True)
     with pytest.raises(mlxq.MlxqError, match="no-such-model"):
         mlxq.inspect("./no-such-model")
+
+
+def test_force_replaces_and_requantize_reads_what_is_quantized(model: Path) -> None:
+    four = mlxq.quantize(model, "4bit", output="made")
+    again = mlxq.quantize(model, "8bit", output="made", force=True)
+    assert again.report["metrics"]["bits_per_weight"] > four.report["metrics"]["bits_per_weight"]
+    with pytest.raises(mlxq.BadInputError, match="already quantized"):
+        mlxq.plan("made", {"default": {"bits": 3}})
+    assert mlxq.plan("made", {"default": {"bits": 3}}, requantize=True).bits_per_weight < 4
+
+
+def test_convert_keeps_the_blocks_of_a_gguf_file_where_asked(model: Path) -> None:
+    write_gguf(Path("model.gguf"), types={"model.embed_tokens.weight": gguf.GGMLQuantizationType.Q4_0})
+    kept = mlxq.convert("model.gguf", keep_quantization=True, output="kept")
+    plain = mlxq.convert("model.gguf", output="plain")
+    bits = [made.report["modules"][0]["format"] for made in (kept, plain)]
+    assert bits == [{"group_size": 32, "bits": 4, "mode": "affine"}, None]
 
 
 def test_a_gate_that_fails_loses_neither_model_nor_comparison(model: Path) -> None:
