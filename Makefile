@@ -26,7 +26,7 @@ docs:
 
 # make mutants FILE=mlxq/recipe/match.py
 mutants:
-	python tests/mutants.py $(FILE)
+	python -m tests.mutants $(FILE)
 
 coverage:
 	pytest -n auto --cov --cov-branch --cov-report=term-missing:skip-covered

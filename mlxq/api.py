@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -23,19 +22,18 @@ from mlxq.shown import Shown
 if TYPE_CHECKING:
     from mlxq.architecture.inspection import Inspection
     from mlxq.architecture.tokenizer import Encoding
-    from mlxq.budget.spend import Scoring
-    from mlxq.comparison.measure import Candidate, Comparison, Settings
-    from mlxq.comparison.measure import Progress as Measuring
+    from mlxq.budget.scoring import Remark, Scoring
+    from mlxq.comparison.measure import Candidate, Comparison, Measuring, Settings
     from mlxq.machine.devices import Device
     from mlxq.machine.memory import Fit
-    from mlxq.pipeline import Allocated, Finished, Remark, Resumed
+    from mlxq.pipeline import Allocated, Finished, Resumed
     from mlxq.planning.plan import Plan, Stored
     from mlxq.publish.check import Checked
     from mlxq.publish.publish import Doing, Published
     from mlxq.sources.base import ModelSource
     from mlxq.sources.download import Downloading
     from mlxq.sources.sample import Fetching
-    from mlxq.writing.execute import Progress
+    from mlxq.writing.execute import Written
 
     Event: TypeAlias = (
         Waiting
@@ -44,7 +42,7 @@ if TYPE_CHECKING:
         | Scoring
         | Remark
         | Resumed
-        | Progress
+        | Written
         | Measuring
         | Comparison
         | Checked
@@ -224,25 +222,32 @@ def measure(models: Sequence[Candidate], settings: Settings, *, on_event: OnEven
     for event in comparing(models[0], models[1:], settings):
         if isinstance(event, Comparison):
             done = event
-            _record(event, models)
+            if (unwritten := _record(event, models)) is not None:
+                on_event(unwritten)
         on_event(event)
     assert done is not None, "a comparison ends with its results"
     return done
 
 
-def _record(comparison: Comparison, models: Sequence[Candidate]) -> None:
-    """Put the newest result into the ``mlxq.json`` beside the model, where it has one."""
+def _record(comparison: Comparison, models: Sequence[Candidate]) -> Remark | None:
+    """Put the newest result into the ``mlxq.json`` beside the model, where it has one; returns why that failed."""
+    from mlxq.budget.scoring import Remark
     from mlxq.comparison.report import candidate_facts
     from mlxq.writing.report import FILE_NAME, read_report, write_report
 
     newest = models[len(comparison.results) - 1]
     if newest is models[0] or newest.folder is None or not (newest.folder / FILE_NAME).is_file():
-        return
+        return None
     report = read_report(newest.folder / FILE_NAME)
     report["comparison"] = candidate_facts(comparison.results[-1], comparison)
     # A read-only folder (the Hub's cache, say) is measured all the same.
-    with suppress(PermissionError):
+    try:
         write_report(report, newest.folder)
+    except PermissionError:
+        return None
+    except OSError as exc:
+        return Remark(f"{newest.folder / FILE_NAME} does not say what was measured: {exc.strerror}")
+    return None
 
 
 def gate_results(gates: Sequence[Gate], comparison: Comparison) -> tuple[GateResult, ...]:

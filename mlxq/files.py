@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,6 +81,43 @@ def rename_durably(written: Path, file: Path) -> None:
     sync_file(written)
     os.replace(written, file)
     sync_folder(file.parent)
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write ``file`` so that a reader sees the old one or the new one, never half; a pipe or device takes the bytes."""
+    if file.exists() and not file.is_file():
+        file.write_bytes(content)
+        return
+    # Written beside what a link leads to, so that it stays a link.
+    target = Path(os.path.realpath(file))
+    descriptor, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        rename_durably(Path(name), target)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def check_writable(file: Path) -> None:
+    """Raise BadInputError where ``file`` could not be written, before there is anything to write."""
+    try:
+        if file.is_dir():
+            raise BadInputError(f"cannot write {file}: it is a folder")
+        folder = file.absolute().parent
+        if not folder.is_dir():
+            raise BadInputError(f"cannot write {file}: there is no folder {folder}", "Make it first.")
+        if file.exists() and not file.is_file():
+            return
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as exc:
+        # A path with a NUL byte is refused by Python itself.
+        raise BadInputError(f"cannot write {file}: {getattr(exc, 'strerror', None) or exc}") from exc
 
 
 def write_durably(file: Path, content: bytes) -> None:

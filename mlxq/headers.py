@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,10 +14,14 @@ from typing import Any
 
 from mlxq.errors import BadInputError
 from mlxq.files import refuse_pointer
+from mlxq.reading import MAX_SMALL_BYTES, opened, read_bytes
 from mlxq.tensors import DTYPE_BITS, TensorSpec
 
-# A header larger than this is refused by the reference implementation too.
-MAX_HEADER_BYTES = 100_000_000
+# The reference implementation refuses what is over 100 MB; of this size, a header has some 300,000 tensors.
+MAX_HEADER_BYTES = MAX_SMALL_BYTES
+# Values of a JSON text. Each takes some 60 bytes of memory, however few it has in the file; a vocabulary of 262,000
+# with its merges, the largest known, has 2.1 million.
+MAX_JSON_VALUES = 3_000_000
 # What numpy holds, and no size or offset is larger on any machine.
 MAX_DIMENSIONS = 64
 MAX_SIZE = (1 << 63) - 1
@@ -46,14 +51,12 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> dict[str, tuple[Ten
     if len(raw) < 8:
         raise bad("it is shorter than its own header length")
     (header_bytes,) = struct.unpack("<Q", raw[:8])
-    if header_bytes > MAX_HEADER_BYTES or 8 + header_bytes > file_bytes:
+    if header_bytes > MAX_HEADER_BYTES or 8 + header_bytes > min(file_bytes, len(raw)):
         raise bad(f"it says its header has {header_bytes:,} bytes, and the file has {file_bytes:,}")
     try:
-        header = json.loads(raw[8 : 8 + header_bytes], object_pairs_hook=_distinct)
-    except _Twice as exc:
-        raise bad(f"its header has {exc} twice") from exc
-    except (ValueError, RecursionError) as exc:
-        raise bad("its header is not JSON") from exc
+        header = parse_json(raw[8 : 8 + header_bytes], "line", distinct=True)
+    except BadInputError as exc:
+        raise bad(f"its header is not JSON as it should be: {exc.message}") from exc
     if not isinstance(header, dict):
         raise bad("its header is not a JSON object")
     found: dict[str, tuple[TensorSpec, int]] = {}
@@ -89,21 +92,10 @@ def parse_header(raw: bytes, file_bytes: int, where: str) -> dict[str, tuple[Ten
     return found
 
 
-class _Twice(ValueError):
-    """A key that a JSON object has twice."""
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _Twice(next(repr(name) for name, count in Counter(name for name, _ in pairs).items() if count > 1))
-    return found
-
-
 def read_file_header(file: Path) -> Iterator[StoredTensor]:
     """Yield the tensors of one file, from its header alone."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with opened(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
         head = stream.read(8)
         refuse_pointer(file, head + stream.read(120))
         stream.seek(8)
@@ -129,18 +121,47 @@ def encode_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str]) -> b
     return struct.pack("<Q", len(text)) + text
 
 
-def read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path, limit: int = MAX_SMALL_BYTES) -> dict[str, Any]:
     """Read a JSON object, or raise BadInputError naming the file and line."""
-    try:
-        raw = file.read_bytes()
-        refuse_pointer(file, raw)
-        data = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as exc:
-        raise BadInputError(f"{file} is not UTF-8 text") from exc
-    except json.JSONDecodeError as exc:
-        raise BadInputError(f"{file}:{exc.lineno}: not valid JSON: {exc.msg}") from exc
-    except (ValueError, RecursionError) as exc:
-        raise BadInputError(f"{file}: its JSON is nested too deeply, or holds a number too long") from exc
+    raw = read_bytes(file, limit)
+    refuse_pointer(file, raw)
+    return json_object(raw, str(file))
+
+
+def json_object(raw: bytes, where: str) -> dict[str, Any]:
+    """The JSON object that ``raw`` holds, or BadInputError naming ``where`` and the line."""
+    data = parse_json(raw, where)
     if not isinstance(data, dict):
-        raise BadInputError(f"{file} holds {type(data).__name__}, not a JSON object")
+        raise BadInputError(f"{where} holds {type(data).__name__}, not a JSON object")
     return data
+
+
+def parse_json(raw: bytes, where: str, *, distinct: bool = False) -> Any:
+    """The data that ``raw`` holds as JSON, with ``distinct`` only where no object has a key twice.
+
+    Raises BadInputError naming ``where`` and the line; for more values than any file of a model has, before one is
+    made.
+    """
+    if raw.count(b",") + raw.count(b":") + raw.count(b"[") + raw.count(b"{") > MAX_JSON_VALUES:
+        raise BadInputError(f"{where} holds over {MAX_JSON_VALUES:,} values")
+    try:
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_distinct if distinct else None)
+    except UnicodeDecodeError as exc:
+        raise BadInputError(f"{where} is not JSON: it is not UTF-8 text (byte {exc.start})") from exc
+    except _Twice as exc:
+        raise BadInputError(f"{where} has {exc} twice") from exc
+    except json.JSONDecodeError as exc:
+        raise BadInputError(f"{where}:{exc.lineno}: not valid JSON: {exc.msg}") from exc
+    except (ValueError, RecursionError) as exc:
+        raise BadInputError(f"{where}: its JSON is nested too deeply, or holds a number too long") from exc
+
+
+class _Twice(ValueError):
+    """A key that a JSON object has twice."""
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise _Twice(next(repr(name) for name, count in Counter(name for name, _ in pairs).items() if count > 1))
+    return found

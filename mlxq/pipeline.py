@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.architecture.bind import bind
-from mlxq.budget.spend import Scoring, Spending, spend
+from mlxq.budget.scoring import Remark, Scoring
+from mlxq.budget.spend import Spending, spend
 from mlxq.calibration.streamed import not_sequential
 from mlxq.errors import BadInputError, RecipeError
 from mlxq.machine.runtime import peak_rss_bytes
@@ -28,8 +29,8 @@ from mlxq.sources.base import ModelSource
 from mlxq.sources.download import Downloading, fetch, fetch_companions
 from mlxq.sources.gguf_parts import model_name
 from mlxq.sources.unchanged import check_unchanged
-from mlxq.writing.disk_space import check_room
-from mlxq.writing.execute import Progress, execute
+from mlxq.writing.disk_space import check_disk
+from mlxq.writing.execute import Written, execute
 from mlxq.writing.folder import PartialFolder
 from mlxq.writing.low_disk import execute_by_shards
 from mlxq.writing.report import build_report, check_trust, hash_files, source_facts, write_report
@@ -44,13 +45,6 @@ class Resumed:
     step_count: int
     discarded: str | None
     folder: Path
-
-
-@dataclass(frozen=True)
-class Remark:
-    """Something that a person should know of what is being made."""
-
-    text: str
 
 
 @dataclass(frozen=True)
@@ -82,14 +76,14 @@ def prepare(recipe: Recipe, source: ModelSource, stored: Stored = Stored.AS_IS, 
     return make_plan(source, recipe, architecture, stored, spent=spent, uncalibrated=reason)
 
 
-def allocated_plan(draft: Plan, *, measure_curve: bool = False) -> Iterator[Scoring | Allocated]:
+def allocated_plan(draft: Plan, *, measure_curve: bool = False) -> Iterator[Scoring | Remark | Allocated]:
     """Spend the budget of ``draft``: progress, then the plan with every format chosen.
 
     Raises BadInputError where the budget is too small, or the tokenizer does not fit the weights.
     """
     check_companions(draft)
     for event in spend(draft, _presets(draft), measure_curve=measure_curve):
-        if isinstance(event, Scoring):
+        if isinstance(event, Scoring | Remark):
             yield event
             continue
         plan = make_plan(
@@ -124,14 +118,14 @@ def with_weights(plan: Plan, out: Path, *, low_disk: bool = False) -> Generator[
 
     Raises MlxqError where the disk has no room for source and output, or the Hub cannot be reached.
     """
-    check_room(plan, out, low_disk=low_disk)
+    check_disk(plan, out, low_disk=low_disk)
     source = yield from (fetch_companions if low_disk else fetch)(plan.source)
     return plan.with_source(source)
 
 
 def run(
     plan: Plan, out: Path, *, force: bool = False, low_disk: bool = False
-) -> Iterator[Progress | Resumed | Downloading | Waiting | Remark | Finished]:
+) -> Iterator[Written | Resumed | Downloading | Waiting | Remark | Finished]:
     """Write ``plan`` to ``out``, yielding progress; the last event is ``Finished``.
 
     What is still on the Hub is fetched first, or with ``low_disk`` shard by shard as it is needed.

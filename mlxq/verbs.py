@@ -178,6 +178,9 @@ def upload(
     ``force`` publishes even what does not match its ``mlxq.json`` or does not load.
     Raises BadInputError where the folder is not whole or the Hub refuses, MlxqError where it cannot be reached.
     """
+    from mlxq.publish.hub import no_progress_bars
+
     start_mlx()
     where = target if isinstance(target, Target) else Target(target)
-    return api.published(Path(folder), where, force=force, trusted=trust_remote_code, on_event=on_event)
+    with no_progress_bars():
+        return api.published(Path(folder), where, force=force, trusted=trust_remote_code, on_event=on_event)

@@ -199,10 +199,11 @@ def test_what_is_compared_on_may_be_one_text_and_one_question(model: Path) -> No
     assert [answer.prompt for answer in compared.reference.speed.answers] == ["Why?"]
 
 
-def test_upload_takes_a_name_or_a_target(model: Path, hub: Any) -> None:
+def test_upload_takes_a_name_or_a_target(model: Path, hub: Any, capfd: pytest.CaptureFixture[str]) -> None:
     made = mlxq.quantize(model, "4bit")
     assert mlxq.upload(made.out, "org/plain").created
     assert mlxq.upload(made.out, mlxq.Target("org/hidden", private=True)).created
+    assert capfd.readouterr() == ("", "")
     assert (hub.repos["org/plain"].private, hub.repos["org/hidden"].private) == (False, True)
 
 

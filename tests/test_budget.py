@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from mlxq.budget.spend import ROUTER_BITS, Scoring, Spending, options_of
+from mlxq.budget.scoring import ROUTER_BITS, Scoring, allowed_formats
+from mlxq.budget.spend import Spending
 from mlxq.calibration.measured import measured_divergences
 from mlxq.calibration.sensitivity import divergence, scores
 from mlxq.calibration.streamed import streamed_model
@@ -28,7 +29,7 @@ from mlxq.pipeline import Allocated, Finished, allocated_plan, compared_files, p
 from mlxq.planning.plan import By, Plan
 from mlxq.recipe.load import budget_recipe, recipe_from_dict
 from mlxq.sources.resolve import resolve
-from mlxq.writing.execute import Progress
+from mlxq.writing.execute import Written
 from mlxq.writing.report import read_report
 from tests.checkpoints import build, llama, save
 from tests.test_bit_identity import CONFIGS
@@ -151,7 +152,7 @@ def test_a_router_keeps_eight_bits_and_a_stack_has_one_format(tmp_path: Path) ->
     config = CONFIGS["mixtral"]
     model = save(tmp_path / "model", config, build(config)[1])
     draft = prepare(budget_recipe({"bpw": 6.0}, [FEW]), resolve(str(model)))
-    routers = {path: formats for path, formats in options_of(draft).items() if path.endswith(".gate")}
+    routers = {path: formats for path, formats in allowed_formats(draft).items() if path.endswith(".gate")}
     assert routers
     assert all(fmt.bits >= ROUTER_BITS for formats in routers.values() for fmt in formats)
     plan, _, _ = spent(model, 6.0, "options=[3, 8]")
@@ -226,7 +227,7 @@ def test_gptq_is_interrupted_continued_and_rebuilt_to_the_same_bytes(deep: Path,
     events: Iterator[Any] = run(plan, tmp_path / "out")
     finished = 0
     for event in events:
-        finished += isinstance(event, Progress) and event.finished is not None
+        finished += isinstance(event, Written) and event.finished is not None
         if finished == 25:
             break
     events.close()
@@ -242,7 +243,7 @@ def test_gptq_is_interrupted_continued_and_rebuilt_to_the_same_bytes(deep: Path,
 def test_scores_predict_what_is_measured(deep: Path) -> None:
     """Over random assignments, summed scores and measured KL agree in rank; docs/budgets.md has a trained model's."""
     draft = prepare(budget_recipe({"bpw": 4.5}, [FEW]), resolve(str(deep)))
-    options = {path: (Format(3, 64), Format(4, 64), Format(5, 64), Format(6, 64)) for path in options_of(draft)}
+    options = {path: (Format(3, 64), Format(4, 64), Format(5, 64), Format(6, 64)) for path in allowed_formats(draft)}
 
     def encoded(path: str, weight: mx.array, fmt: Format, *_: Any) -> mx.array:
         return fmt.decode(round_to_nearest(weight, fmt).arrays())

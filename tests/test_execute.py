@@ -20,7 +20,7 @@ from mlxq.pipeline import Finished, Resumed, prepare, run
 from mlxq.planning.plan import Plan
 from mlxq.recipe.load import load_recipe
 from mlxq.sources.resolve import resolve
-from mlxq.writing.execute import Progress, blocks_of
+from mlxq.writing.execute import Written, blocks_of
 from tests.checkpoints import LLAMA, build, llama, save
 
 
@@ -39,7 +39,7 @@ def test_an_interrupted_run_continues_to_the_same_bytes(tmp_path: Path) -> None:
     events = run(plan, tmp_path / "out")
     finished = 0
     for event in events:
-        finished += isinstance(event, Progress) and event.finished is not None
+        finished += isinstance(event, Written) and event.finished is not None
         if finished == 5:
             break
     events.close()
@@ -83,7 +83,7 @@ def test_kill_9_leaves_a_partial_folder_that_the_same_command_finishes(tmp_path:
 def test_work_on_another_plan_is_not_mixed_in(tmp_path: Path) -> None:
     plan = plan_of(llama(tmp_path / "model"))
     events = run(plan, tmp_path / "out")
-    next(e for e in events if isinstance(e, Progress) and e.finished)
+    next(e for e in events if isinstance(e, Written) and e.finished)
     events.close()
     other = prepare(load_recipe("8bit"), resolve(str(tmp_path / "model")))
     resumed, *_ = run(other, tmp_path / "out")

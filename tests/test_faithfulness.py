@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxq.comparison.measure import is_tied
 from mlxq.metrics import faithfulness
+from mlxq.metrics.evaluation import evaluation_model
 from mlxq.metrics.faithfulness import (
     Faithfulness,
     TokenMeasures,
@@ -15,7 +18,8 @@ from mlxq.metrics.faithfulness import (
     measure_tokens,
     summarize,
 )
-from mlxq.metrics.forward import Reference, build_reference, evaluation_model
+from mlxq.metrics.metric import METRICS
+from mlxq.metrics.reference import Reference, build_reference
 from tests.tiny import VOCABULARY, finish, tiny_llama, tiny_mixture
 
 Q4 = {"group_size": 32, "bits": 4}
@@ -54,11 +58,15 @@ def test_kl_and_likelihood_equal_the_definition_in_float64() -> None:
 
 
 def test_the_gpu_arithmetic_gives_the_same_numbers() -> None:
-    ref, cand, follow = random_logits(0), random_logits(1), targets()
+    # The second sequence is the same in both, so that some tokens agree and others do not.
+    ref, follow = random_logits(0), targets()
+    cand = mx.concatenate([random_logits(1)[:1], ref[1:]])
     one = faithfulness._measure_with_numpy(ref, cand, follow)
+    assert 0 < one.agrees.mean() < 1
     other = faithfulness._measure_with_mlx(ref, cand, follow)
     for name in ("kl", "nll_ref", "nll", "agrees"):
         np.testing.assert_allclose(getattr(one, name), getattr(other, name), rtol=1e-4, atol=1e-5)
+        assert getattr(one, name).dtype == getattr(other, name).dtype == np.float32
 
 
 @pytest.mark.parametrize("measure", [faithfulness._measure_with_numpy, faithfulness._measure_with_mlx])
@@ -200,6 +208,60 @@ def test_rarest_tokens_need_a_long_text() -> None:
     kl[:, 0] = 1
     assert summarize([measures(kl, kl, kl)]).kl_p999 is not None
     assert summarize([measures(kl[:99], kl[:99], kl[:99])]).kl_p999 is None
+
+
+def test_percentiles_lie_between_the_tokens_they_fall_between() -> None:
+    """The 99% point of n sorted values is at 0.99 (n - 1), between neighbours in a straight line."""
+    kl = np.random.default_rng(5).permutation(np.arange(100_000, dtype=np.float64)).reshape(200, 500) / 1e5
+    found = summarize([measures(part, part, part) for part in np.split(kl, 4)])
+    assert found.kl_p99 == pytest.approx(0.99 * 99_999 / 1e5, rel=1e-6)
+    assert found.kl_p999 == pytest.approx(0.999 * 99_999 / 1e5, rel=1e-6)
+    assert found.kl_median == pytest.approx(0.5 * 99_999 / 1e5, rel=1e-6)
+    assert found.kl_max == pytest.approx(0.99999, rel=1e-6)
+    assert found.tokens == 100_000
+
+
+def test_the_error_of_the_ratio_is_that_of_paired_sequences() -> None:
+    """By the delta method: the ratio times the standard error of the mean difference in log likelihood."""
+    noise = np.random.default_rng(8)
+    text, change = noise.gamma(2, 1, (400, 1)), noise.normal(0.1, 0.05, (400, 1))
+    found = summarize([measures(change**2, text, text + change)])
+    expected = found.ppl_ratio * change.std() / math.sqrt(400)
+    assert found.ppl_ratio_se == pytest.approx(expected, rel=0.1)
+    assert found.ppl == pytest.approx(float(np.exp((text + change).mean())), rel=1e-5)
+    assert found.ppl_ratio == pytest.approx(found.ppl / found.ppl_ref)
+
+
+def test_agreement_is_the_share_of_tokens() -> None:
+    kl = np.zeros((2, 2), np.float32)
+    agrees = np.array([[1, 0], [1, 1]], np.float32)
+    assert summarize([TokenMeasures(kl=kl, nll_ref=kl, nll=kl, agrees=agrees)]).top1_agreement == 0.75
+
+
+def test_metrics_are_the_scalars_and_the_tokens_stay_for_the_plot() -> None:
+    found = summarize([measures([[0.0, 0.2], [0.4, 0.6]], [[1, 1], [1, 1]], [[1, 2], [1, 2]])])
+    assert set(found.metrics()) <= set(METRICS)
+    assert found.metrics()["kl_mean"] == found.kl_mean
+    assert found.kl_per_token.dtype == np.float32
+    np.testing.assert_allclose(found.kl_per_token, [0.0, 0.2, 0.4, 0.6], rtol=1e-6)
+
+
+def test_logits_a_thousand_apart_neither_overflow_nor_lose_anything() -> None:
+    ref, cand = np.array(random_logits(0)) + 1000, np.array(random_logits(1)) - 1000
+    far, near = (
+        measure_tokens(mx.array(a), mx.array(b), targets())
+        for a, b in ((ref, cand), (np.array(random_logits(0)), np.array(random_logits(1))))
+    )
+    for name in ("kl", "nll_ref", "nll"):
+        np.testing.assert_allclose(getattr(far, name), getattr(near, name), rtol=1e-3, atol=1e-3)
+    np.testing.assert_array_equal(far.agrees, near.agrees)
+
+
+@pytest.mark.parametrize(("kl_mean", "tied"), [(0.0019, True), (0.002, True), (0.0021, False)])
+def test_tied_is_within_two_standard_errors_of_the_noise_floor(kl_mean: float, tied: bool) -> None:
+    zeros = summarize([measures([[0.0]], [[1.0]], [[1.0]])])
+    floor = replace(zeros, kl_mean=0.001, kl_mean_se=0.0005)
+    assert is_tied(replace(zeros, kl_mean=kl_mean), floor) == tied
 
 
 def test_nan_logits_are_reported_as_nan(batches: list[tuple[mx.array, mx.array]]) -> None:

@@ -293,6 +293,7 @@ def test_fit_adds_up_and_the_ceiling_is_bandwidth_over_bytes_read() -> None:
     assert takes.activation_bytes == 2048 * (8 * 64 + 3 * 96) * 2 + 128 * 4 * 2
     assert found.overhead_bytes == BASE_OVERHEAD_BYTES + takes.activation_bytes
     assert found.needed_bytes == 2_000_000_000 + found.kv_cache_bytes + found.overhead_bytes
+    assert found.weight_bytes == 2_000_000_000
     assert found.usable_bytes == 6 << 30
     assert found.fits
     assert found.decode_tps_ceiling == pytest.approx(100e9 / (500_000_000 + found.kv_cache_bytes))

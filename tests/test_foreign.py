@@ -18,7 +18,7 @@ from mlxq.architecture.inspection import inspect_model
 from mlxq.architecture.opening import open_lazily
 from mlxq.cli import app
 from mlxq.errors import BadInputError
-from mlxq.metrics.forward import evaluation_model
+from mlxq.metrics.evaluation import evaluation_model
 from mlxq.pipeline import prepare
 from mlxq.planning.plan import Stored
 from mlxq.recipe.load import load_recipe, recipe_from_dict

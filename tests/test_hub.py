@@ -27,8 +27,8 @@ from mlxq.retry import TRIES, Waiting, told
 from mlxq.sources.download import Downloading, fetch
 from mlxq.sources.resolve import resolve
 from mlxq.tensors import TensorSpec
-from mlxq.writing.disk_space import room_needed
-from mlxq.writing.low_disk import most_held_bytes, stages
+from mlxq.writing.disk_space import disk_use
+from mlxq.writing.low_disk import most_held_bytes, steps_by_shard
 from tests.checkpoints import LLAMA, build, llama, save
 from tests.hub_server import READ_TOKEN, TOKEN, Hub
 from tests.test_gguf import write_gguf
@@ -314,7 +314,7 @@ def test_low_disk_holds_no_more_than_it_said(hub: Hub, tmp_path: Path, make: Cal
     repo = f"org/low-{make.__name__}"
     commit = hub.add_model(repo, folder)
     plan = prepare(load_recipe("4bit"), resolve(repo))
-    room = room_needed(plan, tmp_path / "out", low_disk=True)
+    use = disk_use(plan, tmp_path / "out", low_disk=True)
     place = tmp_path / "out.partial" / "source"
     most = 0
     events = run(plan, tmp_path / "out", low_disk=True)
@@ -322,10 +322,10 @@ def test_low_disk_holds_no_more_than_it_said(hub: Hub, tmp_path: Path, make: Cal
         most = max(most, held_bytes(place))
         if isinstance(event, Finished):
             assert event.report["source"]["revision"] == commit
-    assert 0 < most <= room.source_bytes
+    assert 0 < most <= use.source_bytes
     if make is llama:
         largest = max(file.stat().st_size for file in folder.glob("*.safetensors"))
-        assert room.source_bytes <= 2 * largest
+        assert use.source_bytes <= 2 * largest
     assert len(fetched_weights(hub)) == shards
     assert hashes(tmp_path / "out") == from_folder(folder, tmp_path / "same")
     assert not place.exists()
@@ -346,7 +346,7 @@ def held_bytes(place: Path) -> int:
 def test_experts_are_assembled_once_all_their_shards_are_here(hub: Hub, tmp_path: Path) -> None:
     hub.add_model("org/experts", mixture(tmp_path / "model", shards=4))
     plan = prepare(load_recipe("4bit"), resolve("org/experts"))
-    planned = stages(plan)
+    planned = steps_by_shard(plan)
     here: set[str] = set()
     for stage in planned:
         here.add(stage.shard.name)

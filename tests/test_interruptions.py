@@ -20,7 +20,7 @@ from mlxq.planning.plan import Plan
 from mlxq.recipe.load import load_recipe
 from mlxq.sources.resolve import resolve
 from mlxq.tensors import TensorSpec
-from mlxq.writing.execute import Progress
+from mlxq.writing.execute import Written
 from tests.checkpoints import LLAMA, save
 from tests.terminal import CTRL_C, at_a_terminal
 from tests.test_execute import hashes
@@ -106,7 +106,7 @@ def test_a_disk_that_fills_while_tensors_are_written(
     # As on macOS, and on file systems that cannot reserve space.
     monkeypatch.delattr(os, "posix_fallocate")
     events = run(plan, disk / "out")
-    next(event for event in events if isinstance(event, Progress))
+    next(event for event in events if isinstance(event, Written))
     filler = fill(disk, 0)
     with pytest.raises(MlxqError, match="the disk is full") as caught:
         list(events)
@@ -122,7 +122,7 @@ def test_a_disk_that_fills_before_the_small_files(tmp_path: Path, disk: Path) ->
     plan = plan_of(empty_model(tmp_path / "model", layers=2))
     finish(plan, tmp_path / "whole")
     events = run(plan, disk / "out")
-    next(event for event in events if isinstance(event, Progress) and event.written_bytes == event.total_bytes)
+    next(event for event in events if isinstance(event, Written) and event.written_bytes == event.total_bytes)
     filler = fill(disk, 0)
     with pytest.raises(MlxqError, match="the disk is full") as caught:
         list(events)

@@ -17,7 +17,7 @@ from mlxq.pipeline import Finished, Resumed, prepare, run
 from mlxq.planning.plan import Plan
 from mlxq.recipe.load import load_recipe
 from mlxq.sources.resolve import resolve
-from mlxq.writing.execute import Progress
+from mlxq.writing.execute import Written
 from mlxq.writing.folder import PartialFolder
 from mlxq.writing.journal import NAME as JOURNAL
 from tests.checkpoints import llama
@@ -46,7 +46,7 @@ def make(plan: Plan, out: Path, *, force: bool = False) -> Finished:
 def stop_early(plan: Plan, out: Path, *, force: bool = False) -> None:
     """Run until the first tensor is finished."""
     events = run(plan, out, force=force)
-    next(event for event in events if isinstance(event, Progress) and event.finished)
+    next(event for event in events if isinstance(event, Written) and event.finished)
     events.close()
 
 
@@ -213,7 +213,7 @@ def test_force_replaces_a_model_of_any_maker_and_an_empty_folder(plan: Plan, tmp
 def test_what_is_put_into_the_old_model_while_the_new_one_is_written_stays(plan: Plan, tmp_path: Path) -> None:
     make(plan, tmp_path / "out")
     events = run(plan, tmp_path / "out", force=True)
-    next(event for event in events if isinstance(event, Progress) and event.finished)
+    next(event for event in events if isinstance(event, Written) and event.finished)
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     with pytest.raises(BadInputError, match=r"thesis\.txt"):
         list(events)
@@ -222,7 +222,7 @@ def test_what_is_put_into_the_old_model_while_the_new_one_is_written_stays(plan:
 
 def test_an_output_that_comes_to_be_meanwhile_is_not_replaced(plan: Plan, tmp_path: Path) -> None:
     events = run(plan, tmp_path / "out")
-    next(event for event in events if isinstance(event, Progress) and event.finished)
+    next(event for event in events if isinstance(event, Written) and event.finished)
     shutil.copytree(plan.source.weight_files[0].parent, tmp_path / "out")
     before = tree(tmp_path / "out")
     with pytest.raises(BadInputError, match="already exists"):
@@ -320,7 +320,7 @@ def test_a_run_that_opened_the_lock_of_one_that_ended_does_not_touch_its_model(
 ) -> None:
     """The second run has the journal open when the first one ends, and gets the lock of a file that is gone."""
     first = run(plan, tmp_path / "out")
-    next(event for event in first if isinstance(event, Progress) and event.finished)
+    next(event for event in first if isinstance(event, Written) and event.finished)
     flock = fcntl.flock
 
     def after_the_first_ends(descriptor: int, how: int) -> None:
@@ -347,12 +347,12 @@ def test_a_file_system_without_locks_is_named(plan: Plan, tmp_path: Path, monkey
 # The source while it is read.
 
 
-@pytest.mark.parametrize("what", ["in place", "replaced", "tokenizer"])
+@pytest.mark.parametrize("what", ["in place", "replaced", "companion"])
 def test_a_source_that_changes_while_it_is_read_is_never_mixed(model: Path, tmp_path: Path, what: str) -> None:
     plan = plan_of(model)
-    file = model / "tokenizer.json" if what == "tokenizer" else plan.source.weight_files[0]
+    file = model / "generation_config.json" if what == "companion" else plan.source.weight_files[0]
     events = run(plan, tmp_path / "out")
-    next(event for event in events if isinstance(event, Progress) and event.finished)
+    next(event for event in events if isinstance(event, Written) and event.finished)
     change_with_the_same_size_and_time(file, in_place=what == "in place")
     with pytest.raises(MlxqError, match=f"{file.name} changed"):
         list(events)
@@ -406,7 +406,7 @@ def test_after_the_machine_restarts_only_what_was_synced_counts(
     events = run(plan, tmp_path / "out")
     finished = 0
     for event in events:
-        finished += isinstance(event, Progress) and event.finished is not None
+        finished += isinstance(event, Written) and event.finished is not None
         if finished == len(plan.steps) - 2:
             break
     events.close()

@@ -19,7 +19,7 @@ from mlxq.planning.plan import Plan
 from mlxq.recipe.load import load_recipe
 from mlxq.sources.resolve import resolve
 from mlxq.writing import trailing
-from mlxq.writing.execute import Progress
+from mlxq.writing.execute import Written
 from mlxq.writing.folder import PartialFolder
 from tests.checkpoints import llama
 
@@ -51,7 +51,7 @@ def test_what_is_read_back_and_synced_in_pieces_is_hashed_whole(
     events = run(plan, tmp_path / "out")
     finished = 0
     for event in events:
-        finished += isinstance(event, Progress) and event.finished is not None
+        finished += isinstance(event, Written) and event.finished is not None
         if finished == 5:
             break
     events.close()

@@ -167,8 +167,8 @@ def _state_numbers(config: Mapping[str, Any]) -> int:
         key_heads = first_int(config, "linear_num_key_heads") or value_heads
         return value_heads * keys * values + tail * (2 * key_heads * keys + value_heads * values)
     if isinstance(linear := config.get("linear_attn_config"), Mapping):
-        heads, dim = int(linear["num_heads"]), int(linear["head_dim"])
-        return heads * dim * dim + 3 * (int(linear.get("short_conv_kernel_size", 4)) - 1) * heads * dim
+        heads, dim = first_int(linear, "num_heads") or 0, first_int(linear, "head_dim") or 0
+        return heads * dim * dim + 3 * ((first_int(linear, "short_conv_kernel_size") or 4) - 1) * heads * dim
     if (kept := first_int(config, "conv_L_cache")) is not None:
         return (kept - 1) * width
     if (lru := first_int(config, "lru_width")) is not None:

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any
 from mlxq import upstream
 from mlxq.errors import BadInputError, MlxqError
 from mlxq.headers import encode_header, read_file_header, read_json
+from mlxq.reading import read_bytes
 from mlxq.sources.base import ModelSource
+from mlxq.sources.config_shape import check_config
 from mlxq.sources.quantization import believed
 
 if TYPE_CHECKING:
@@ -73,7 +75,8 @@ def open_lazily(
 def _disbelieved(folder: Path) -> dict[str, Any]:
     """What a folder's config says of a quantization that its tensors do not have, each key as None."""
     config = read_json(folder / "config.json")
-    names = (tensor.spec.name for file in folder.glob("model*.safetensors") for tensor in read_file_header(file))
+    names = [tensor.spec.name for file in folder.glob("model*.safetensors") for tensor in read_file_header(file)]
+    check_config(config, len(names), str(folder / "config.json"))
     return dict.fromkeys(config.keys() - believed(config, names).keys())
 
 
@@ -82,7 +85,7 @@ def _explained(exc: Exception, folder: Path, name: str) -> BadInputError:
     # Some messages list the parameters they mean on the lines that follow.
     said = " ".join(str(exc).split()) or type(exc).__name__
     said = said if len(said) <= 300 else said[:300] + " ..."
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json")
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method is None and (folder / "hf_quant_config.json").is_file():
         method = "modelopt"
@@ -119,7 +122,7 @@ def openable_folder(source: ModelSource) -> Iterator[Path]:
         (folder / "config.json").write_text(json.dumps(dict(source.config)), encoding="utf-8")
         generation = source.sidecars.get("generation_config.json")
         if generation is not None:
-            data = generation if isinstance(generation, bytes) else generation.read_bytes()
+            data = generation if isinstance(generation, bytes) else read_bytes(generation)
             (folder / "generation_config.json").write_bytes(data)
         header = encode_header(source.tensors.values(), {})
         with (folder / "model.safetensors").open("wb") as file:

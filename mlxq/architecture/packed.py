@@ -43,14 +43,14 @@ def logical(
         fmt = mlx_format(path, config["quantization"])
         return (*spec.shape[:-1], fmt.logical_columns(spec.shape[-1])), fmt.bits, fmt
     if part == "qweight":
-        packed = int(hf.get("bits", 4))
-        rows, columns = spec.shape
+        packed = _bits(hf.get("bits"), bits)
+        rows, columns = spec.rows, spec.shape[-1] if spec.shape else 1
         factor = bits // packed
         # AWQ packs along the outputs, GPTQ along the inputs; both store (in, out).
         is_awq = hf.get("quant_method") == "awq"
         return ((columns * factor, rows) if is_awq else (columns, rows * factor)), packed, None
-    if part == "weight_packed":
-        packed = _compressed_bits(hf)
+    if part == "weight_packed" and spec.shape:
+        packed = _compressed_bits(hf, bits)
         return (*spec.shape[:-1], spec.shape[-1] * bits // packed), packed, None
     if part.endswith("_blocks") and len(spec.shape) >= 2:
         # MXFP4: two numbers a byte, blocks on the last two axes.
@@ -62,9 +62,15 @@ def logical(
     return spec.shape, bits, None
 
 
-def _compressed_bits(hf: Mapping[str, Any]) -> int:
+def _bits(stated: object, word_bits: int) -> int:
+    """Bits of a number in words of ``word_bits``; 4, as most have, where what is stated is no such number."""
+    return stated if isinstance(stated, int) and 0 < stated <= word_bits else 4
+
+
+def _compressed_bits(hf: Mapping[str, Any], word_bits: int) -> int:
     """Bits of compressed-tensors weights: those of its first group."""
-    for group in (hf.get("config_groups") or {}).values():
+    groups = hf.get("config_groups")
+    for group in groups.values() if isinstance(groups, Mapping) else ():
         if isinstance(group, Mapping) and isinstance(group.get("weights"), Mapping):
-            return int(group["weights"].get("num_bits") or 4)
+            return _bits(group["weights"].get("num_bits"), word_bits)
     return 4

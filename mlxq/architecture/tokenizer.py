@@ -7,12 +7,14 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxq import upstream
 from mlxq.architecture.config import first_int
 from mlxq.errors import BadInputError
 from mlxq.files import refuse_pointer, refuse_pointers
+from mlxq.headers import json_object
+from mlxq.reading import MAX_SMALL_BYTES, MAX_TOKENIZER_BYTES, read_bytes
 
 if TYPE_CHECKING:
     from mlxq.sources.base import ModelSource
@@ -52,30 +54,41 @@ def tokenizer_facts(sidecars: Mapping[str, Path | bytes], config: Mapping[str, A
     """
     tokenizer = _json_sidecar(sidecars, "tokenizer.json")
     settings = _json_sidecar(sidecars, "tokenizer_config.json")
-    model = tokenizer.get("model") or {}
+    model = _part(tokenizer, "model", dict)
     vocabulary = model.get("vocab")
-    ids = set(vocabulary.values()) if isinstance(vocabulary, dict) else set(range(len(vocabulary or ())))
-    ids |= {token["id"] for token in tokenizer.get("added_tokens") or ()}
+    listed = range(len(vocabulary)) if isinstance(vocabulary, list) else _part(model, "vocab", dict).values()
+    added = [token.get("id") for token in _part(tokenizer, "added_tokens", list) if isinstance(token, Mapping)]
+    ids = {token for token in (*listed, *added) if isinstance(token, int)}
     template = "chat_template.jinja" in sidecars or "chat_template.json" in sidecars
     return TokenizerFacts(
-        kind=model.get("type") or settings.get("tokenizer_class"),
+        kind=_text(model.get("type")) or _text(settings.get("tokenizer_class")),
         vocabulary=len(ids) or first_int(config, "vocab_size"),
         counted=bool(ids),
         chat_template=template or bool(settings.get("chat_template")),
     )
 
 
+_T = TypeVar("_T")
+
+
+def _part(data: Mapping[str, Any], key: str, kind: type[_T]) -> _T:
+    """What ``data`` has under ``key``, empty where that is something else than ``kind``."""
+    found = data.get(key)
+    return found if isinstance(found, kind) else kind()
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) else None
+
+
 def _json_sidecar(sidecars: Mapping[str, Path | bytes], name: str) -> dict[str, Any]:
     content = sidecars.get(name)
     if content is None:
         return {}
-    raw = content if isinstance(content, bytes) else content.read_bytes()
+    limit = MAX_TOKENIZER_BYTES if name == "tokenizer.json" else MAX_SMALL_BYTES
+    raw = content if isinstance(content, bytes) else read_bytes(content, limit)
     refuse_pointer(name, raw)
-    try:
-        data = json.loads(raw)
-    except ValueError as exc:
-        raise BadInputError(f"{name} is not valid JSON: {exc}", "Download the file again.") from exc
-    return data if isinstance(data, dict) else {}
+    return json_object(raw, name)
 
 
 def encode_text(source: ModelSource, text: str) -> Encoding:
@@ -89,7 +102,7 @@ def encode_text(source: ModelSource, text: str) -> Encoding:
         return _encode_slowly(source, text)
     from tokenizers import Tokenizer
 
-    raw = content if isinstance(content, bytes) else content.read_bytes()
+    raw = content if isinstance(content, bytes) else read_bytes(content, MAX_TOKENIZER_BYTES)
     refuse_pointer("tokenizer.json", raw)
     try:
         tokenizer = Tokenizer.from_str(raw.decode("utf-8"))

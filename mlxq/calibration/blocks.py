@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from mlxq.errors import MlxqError
-from mlxq.metrics.forward import blas_threads_shared, core_streams
+from mlxq.machine.cores import blas_threads_shared, core_streams
 
 if TYPE_CHECKING:
     import mlx.core as mx

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mlxq import upstream
 from mlxq.architecture.token_ids import check_ids, rows_of_model
 from mlxq.errors import BadInputError
+from mlxq.reading import read_text
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 SELF = "self"
+# Some six million tokens: a comparison takes minutes for a tenth of a million.
+MAX_TEXT_BYTES = 25 << 20
 _SEED = 0
 
 
@@ -48,15 +51,10 @@ def corpus_text(half: str = "evaluation") -> str:
 
 
 def read_texts(files: Sequence[Path]) -> str:
-    """The files' text, joined. Raises BadInputError for one that is missing, empty or not UTF-8."""
+    """The files' text, joined. Raises BadInputError for one that is missing, empty, too large or not UTF-8."""
     texts = []
     for file in files:
-        try:
-            text = file.read_text(encoding="utf-8")
-        except OSError as exc:
-            raise BadInputError(f"cannot read the text {file}: {exc.strerror}") from exc
-        except UnicodeDecodeError as exc:
-            raise BadInputError(f"{file} is not UTF-8 text (byte {exc.start})", "Convert it, e.g. with iconv.") from exc
+        text = read_text(file, MAX_TEXT_BYTES)
         if not text.strip():
             raise BadInputError(f"{file} is empty", "Give a file with a few thousand words.")
         texts.append(text)

@@ -9,6 +9,7 @@ import typer
 
 from mlxq import __version__
 from mlxq.cli import compare, convert, env, inspect, quantize, recipes, upload, verify
+from mlxq.cli.ending import ended
 
 app = typer.Typer(
     name="mlxq",
@@ -48,19 +49,5 @@ app.command("env")(env.command)
 
 
 def main() -> None:
-    """Run the program; every explained error becomes one line and an exit code."""
-    from mlxq.errors import MlxqError
-
-    try:
-        app()
-    except MlxqError as error:
-        from mlxq.show.console import console
-
-        console.error(error)
-        raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except BrokenPipeError:
-        # The reader of our output went away (mlxq ... | head): not an error, but nothing more can be said.
-        sys.stderr.close()
-        raise SystemExit(141) from None
+    """Run the program; whatever it meets becomes one line and an exit code."""
+    raise SystemExit(ended(app))

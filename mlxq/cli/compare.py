@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +19,7 @@ from mlxq.show.watch import watching
 if TYPE_CHECKING:
     from mlxq.api import Event
     from mlxq.comparison.measure import Comparison
+    from mlxq.errors import MlxqError
     from mlxq.planning.plan import Plan
     from mlxq.recipe.gates import GateResult
 
@@ -36,7 +39,8 @@ def command(
         typer.Option("--text", help="Text file to compare on, or 'self': sampled from the original. Repeatable."),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option("--tokens", min=512, help="Most tokens to compare on.", show_default=False)
+        int | None,
+        typer.Option("--tokens", min=512, max=10_000_000, help="Most tokens to compare on.", show_default=False),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -61,6 +65,7 @@ def command(
     Example: mlxq compare ./original ./original-4bit mixed_4_6 --gate 'kl_mean<0.05' --html report.html
     """
     from mlxq.errors import BadInputError
+    from mlxq.files import check_writable
     from mlxq.machine.backend import start_mlx
     from mlxq.recipe.gates import parse_gate
 
@@ -69,8 +74,8 @@ def command(
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise BadInputError(f"--plot {plot}: name a .svg or .png file")
     for picture in (html, plot):
-        if picture is not None and not picture.absolute().parent.is_dir():
-            raise BadInputError(f"{picture}: there is no folder {picture.parent}", "Make it first.")
+        if picture is not None:
+            check_writable(picture)
     rest = [m for m in models if m != reference] if reference else models[1:]
     if not rest:
         raise BadInputError("nothing to compare with the original", "Name models or recipes after it.")
@@ -149,21 +154,47 @@ def _show(
     html: Path | None,
     plot: Path | None,
 ) -> None:
+    from mlxq.cli.keeping import kept_elsewhere, write_or_keep
     from mlxq.comparison import charts
-    from mlxq.comparison.measure import verdict
-    from mlxq.comparison.report import comparison_facts, comparison_html, comparison_markdown, footnotes
-    from mlxq.show import comparison_tables
+    from mlxq.comparison.report import comparison_facts, comparison_html, comparison_markdown
+    from mlxq.errors import MlxqError
     from mlxq.writing import pictures
 
+    unwritten: list[MlxqError] = []
+    pages: list[tuple[Path, Callable[[], bytes]]] = []
     if html is not None:
-        html.write_text(comparison_html(comparison, gates), encoding="utf-8")
-        console.note(f"wrote {html}")
+        pages.append((html, lambda: comparison_html(comparison, gates).encode()))
     if plot is not None:
-        pictures.save_figure(charts.size_against_kl(comparison), plot)
-        console.note(f"wrote {plot}")
+        pages.append((plot, lambda: pictures.drawn(charts.size_against_kl(comparison), plot.suffix)))
+    for file, content in pages:
+        try:
+            write_or_keep(file, content())
+            console.note(f"wrote {file}")
+        except MlxqError as error:
+            unwritten.append(error)
     if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        with Path(summary).open("a", encoding="utf-8") as file:
-            file.write(comparison_markdown(comparison, gates) + "\n")
+        try:
+            with Path(summary).open("a", encoding="utf-8") as stream:
+                stream.write(comparison_markdown(comparison, gates) + "\n")
+        except OSError as exc:
+            console.warn(f"the summary of the job does not have the comparison: {exc.strerror}")
+    try:
+        _print(comparison, gates, markdown=markdown)
+    except BrokenPipeError:
+        raise
+    except OSError as exc:
+        facts = json.dumps(comparison_facts(comparison, gates), indent=2).encode()
+        unwritten.append(kept_elsewhere(f"cannot write stdout: {exc.strerror}", "comparison.json", facts))
+    if unwritten:
+        hints = " ".join(error.hint for error in unwritten if error.hint)
+        raise MlxqError("\n".join(error.message for error in unwritten), hints)
+
+
+def _print(comparison: Comparison, gates: Sequence[GateResult], *, markdown: bool) -> None:
+    from mlxq.comparison.measure import verdict
+    from mlxq.comparison.report import comparison_facts, comparison_markdown, footnotes
+    from mlxq.show import comparison_tables
+
     if console.as_json:
         console.json(comparison_facts(comparison, gates))
     elif markdown:
@@ -177,3 +208,4 @@ def _show(
             console.text(verdict(result, comparison.reference) + ".")
         for line in footnotes(comparison):
             console.note(line)
+    sys.stdout.flush()

@@ -24,7 +24,9 @@ def command(
         str | None,
         typer.Option("--text", help="Show how the tokenizer encodes this text.", show_default=False),
     ] = None,
-    context: Annotated[int, typer.Option("--context", min=1, help="Tokens of context to reckon memory for.")] = 4096,
+    context: Annotated[
+        int, typer.Option("--context", min=1, max=100_000_000, help="Tokens of context to reckon memory for.")
+    ] = 4096,
     device: Annotated[
         str | None,
         typer.Option("--device", help="Reckon for this device (m4-max-64gb, mac-m4, ...) instead of this machine."),

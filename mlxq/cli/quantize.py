@@ -234,8 +234,9 @@ def _check_together(
     frontier: bool,
     plot: Path | None,
 ) -> None:
-    """Raise BadInputError for options that contradict each other."""
+    """Raise BadInputError for options that contradict each other, or cannot be carried out."""
     from mlxq.errors import BadInputError
+    from mlxq.files import check_writable
 
     if recipe is None and locked is None:
         raise BadInputError("name a recipe, or --locked with an mlxq.json", "mlxq recipes lists the shipped recipes.")
@@ -249,6 +250,8 @@ def _check_together(
         raise BadInputError("--plot draws the curve of --frontier", "Add --frontier.")
     if plot is not None and plot.suffix not in (".svg", ".png"):
         raise BadInputError(f"cannot draw a {plot.suffix or 'file without suffix'}", "Name an .svg or a .png.")
+    if plot is not None:
+        check_writable(plot)
 
 
 def _asked(

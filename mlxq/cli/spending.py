@@ -40,8 +40,9 @@ def show_spending(spending: Spending, *, explain: bool, frontier: bool, plot: Pa
     if frontier:
         console.show(budget_tables.curve_table(spending.curve, predicted=spending.text is not None))
         if plot is not None:
-            from mlxq.writing.pictures import save_figure, size_kl_curve
+            from mlxq.cli.keeping import write_or_keep
+            from mlxq.writing.pictures import drawn, size_kl_curve
 
-            save_figure(size_kl_curve(spending.facts()), plot)
+            write_or_keep(plot, drawn(size_kl_curve(spending.facts()), plot.suffix))
             console.note(f"The curve is drawn in {plot}.")
         console.note("Nothing was written. Run it without --frontier to make the model.")

@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 def show_plan(plan: Plan, *, out: Path, why: str | None, low_disk: bool = False) -> None:
     """Print the plan: as JSON, as the reasons for the modules ``why`` matches, or as the whole table."""
     from mlxq.show import plan_tables
-    from mlxq.writing.disk_space import room_needed
+    from mlxq.writing.disk_space import disk_use
     from mlxq.writing.report import plan_facts
 
-    room = room_needed(plan, out, low_disk=low_disk)
+    use = disk_use(plan, out, low_disk=low_disk)
     if console.as_json:
-        facts = {"output": str(out), **plan_facts(plan), "disk": plan_tables.room_facts(room)}
+        facts = {"output": str(out), **plan_facts(plan), "disk": plan_tables.disk_facts(use)}
         console.json({"schema": "mlxq.plan", "schema_version": 1, **facts})
     elif why is not None:
         console.show(plan_tables.why_table(plan, why))
     else:
         console.show(plan_tables.plan_table(plan))
-        for line in (*plan_tables.plan_summary(plan), *plan_tables.room_summary(room)):
+        for line in (*plan_tables.plan_summary(plan), *plan_tables.disk_summary(use)):
             console.show(line)
         what = "written" if plan.recipe.budget else "read or written"
         console.note(f"Nothing was {what}. Run it without --dry-run to make the model.")

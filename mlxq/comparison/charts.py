@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mlxq.comparison.measure import Comparison, ModelResult
-from mlxq.writing.pictures import COLORS, GREY, label_axes, new_figure
+from mlxq.writing.pictures import COLORS, GREY, label_axes, new_figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,7 +44,7 @@ def size_against_kl(comparison: Comparison) -> Figure:
         axes.errorbar(size, kl, yerr=2 * error if math.isfinite(error) else 0, fmt="o", color=color, capsize=2)
         # Neighbours by size have their names above and below in turn, so that close points stay legible.
         shift = (6, 5) if ranks[index] % 2 == 0 else (-4, -13)
-        axes.annotate(result.name, (size, kl), xytext=shift, textcoords="offset points", fontsize=8.5)
+        axes.annotate(plain(result.name), (size, kl), xytext=shift, textcoords="offset points", fontsize=8.5)
     if math.isfinite(floor) and floor > 0:
         axes.axhline(floor, color=GREY, linewidth=1, linestyle=":", label="noise floor")
     if points or floor > 0:
@@ -65,6 +65,7 @@ def speed_bars(comparison: Comparison) -> Figure | None:
         return None
     figure, all_axes = new_figure(9.6, 0.9 + 0.34 * len(timed), columns=3)
     names = [result.name for result, _ in timed]
+    shown = [plain(name) for name in names]
     panels = (
         (
             "generation, tokens/s",
@@ -79,7 +80,7 @@ def speed_bars(comparison: Comparison) -> Figure | None:
         colors = [palette.get(name, GREY) for name in names]
         bars = axes.barh(range(len(names)), values, xerr=spread, color=colors, height=0.62)
         axes.bar_label(bars, fmt="%.4g", padding=3, fontsize=8)
-        axes.set_yticks(range(len(names)), names if axes is all_axes[0] else [""] * len(names), fontsize=8.5)
+        axes.set_yticks(range(len(names)), shown if axes is all_axes[0] else [""] * len(names), fontsize=8.5)
         axes.invert_yaxis()
         axes.margins(x=0.22)
         axes.set_title(title, fontsize=9, loc="left")
@@ -103,11 +104,11 @@ def layer_strip(comparison: Comparison) -> Figure:
             )  # fmt: skip
     axes.set_xticks(
         range(len(labels)),
-        labels,
+        [plain(label) for label in labels],
         fontsize=min(8, 300 / max(len(labels), 1)),
         rotation=45 if len(labels) > 12 else 0,
     )
-    axes.set_yticks(range(len(comparison.results)), [r.name for r in comparison.results], fontsize=8.5)
+    axes.set_yticks(range(len(comparison.results)), [plain(r.name) for r in comparison.results], fontsize=8.5)
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     return figure
@@ -128,7 +129,9 @@ def kl_distribution(comparison: Comparison) -> Figure:
         picked = np.unique(
             np.concatenate([np.linspace(0, len(kl) - 1, 300).astype(int), np.arange(max(0, len(kl) - 50), len(kl))])
         )
-        axes.plot(np.maximum(kl[picked], 1e-7), 1 - picked / len(kl), color=color, label=result.name, linewidth=1.5)
+        axes.plot(
+            np.maximum(kl[picked], 1e-7), 1 - picked / len(kl), color=color, label=plain(result.name), linewidth=1.5
+        )
     axes.set_xscale("log")
     axes.set_yscale("log")
     label_axes(axes, "KL divergence of a token, nats", "share of tokens above")

@@ -21,13 +21,17 @@ from mlxq.calibration.text import (
     tokenize,
 )
 from mlxq.errors import BadInputError, ChildError
+from mlxq.headers import parse_json
+from mlxq.machine.cores import batch_size, on_cpu
+from mlxq.metrics.evaluation import evaluation_model
 from mlxq.metrics.faithfulness import Faithfulness, measure_faithfulness
-from mlxq.metrics.forward import Reference, batch_size, build_reference, evaluation_model, on_cpu
+from mlxq.metrics.reference import Reference, build_reference
 from mlxq.metrics.size import Size, measure_size
 from mlxq.recipe.match import layer_index
 from mlxq.running.opened import without_paths
 from mlxq.running.speed import Speed, SpeedSettings, measure_speed
 from mlxq.shown import Shown
+from mlxq.writing.report import FILE_NAME, read_report
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -124,7 +128,7 @@ class Comparison(Shown):
 
 
 @dataclass(frozen=True)
-class Progress:
+class Measuring:
     """``done`` of ``total`` (tokens, or models timed) of ``stage`` for ``model``; ``eta_s`` None at first."""
 
     stage: str
@@ -171,11 +175,9 @@ def stored_candidate(name: str, source: ModelSource) -> Candidate:
 
 def _recorded_budget(folder: Path) -> Mapping[str, Any] | None:
     """How a budget was spent on the model, where mlxq wrote it and had one."""
-    from mlxq.headers import read_json
-
-    file = folder / "mlxq.json"
-    found = read_json(file).get("budget") if file.is_file() else None
-    return found if isinstance(found, dict) else None
+    file = folder / FILE_NAME
+    budget: Mapping[str, Any] | None = read_report(file).get("budget") if file.exists() else None
+    return budget
 
 
 def stored_layer_bits(folder: Path) -> dict[str, float]:
@@ -207,8 +209,6 @@ def read_prompts(file: Path) -> tuple[Any, ...]:
     """Prompts of a file, one per line; a line that is JSON is chat messages: a list, or ``{"messages":
     [...]}``.
     """
-    import json
-
     prompts: list[Any] = []
     for number, line in enumerate(read_texts([file]).splitlines(), 1):
         if not line.strip():
@@ -217,10 +217,10 @@ def read_prompts(file: Path) -> tuple[Any, ...]:
             prompts.append(line)
             continue
         try:
-            found = json.loads(line)
+            found = parse_json(line.encode(), str(file))
             messages = found["messages"] if isinstance(found, dict) else found
             prompts.append([{"role": str(m["role"]), "content": str(m["content"])} for m in messages])
-        except (ValueError, KeyError, TypeError) as exc:
+        except (BadInputError, KeyError, TypeError) as exc:
             raise BadInputError(
                 f"{file}:{number}: not chat messages",
                 'Write a prompt, or JSON such as [{"role": "user", "content": "..."}].',
@@ -230,7 +230,7 @@ def read_prompts(file: Path) -> tuple[Any, ...]:
 
 def compare(
     reference: Candidate, candidates: Sequence[Candidate], settings: Settings
-) -> Iterator[Progress | Comparison]:
+) -> Iterator[Measuring | Comparison]:
     """Measure every model, the reference first. Yields progress, and a Comparison after each finished model.
 
     The last Comparison holds everything; whoever is interrupted keeps the one before. Of weights, at most one
@@ -241,7 +241,7 @@ def compare(
     _check_tokenizers(reference, tokenizer, candidates)
     speed, not_timed = yield from _timed(reference, settings)
     model = evaluation_model(reference.load())
-    yield Progress("text", reference.name, 0, 1, None, None)
+    yield Measuring("text", reference.name, 0, 1, None, None)
     text = _text(model, tokenizer, settings)
     check_ids(text.ids, rows_of_model(model), f"{reference.name}'s tokenizer")
     batches = _batches(text, _vocabulary(model))
@@ -272,7 +272,6 @@ def compare(
             candidate.name,
             text.info.tokens,
         )
-        tied = found.kl_mean <= floor.kl_mean + 2 * floor.kl_mean_se
         results[0] = replace(results[0], reference_ppl=found.ppl_ref)
         results.append(
             ModelResult(
@@ -281,7 +280,7 @@ def compare(
                 candidate.layer_bits,
                 found,
                 speed,
-                tied=tied,
+                tied=is_tied(found, floor),
                 not_timed=not_timed,
                 budget=candidate.budget,
             )
@@ -297,12 +296,17 @@ def _reads(text: TokenizedText, candidate: Candidate) -> nn.Module:
     return model
 
 
-def _timed(candidate: Candidate, settings: Settings) -> Generator[Progress, None, tuple[Speed | None, str | None]]:
+def is_tied(found: Faithfulness, floor: Faithfulness) -> bool:
+    """Whether a model is inside the noise floor: no further off than its mean KL and two standard errors of it."""
+    return found.kl_mean <= floor.kl_mean + 2 * floor.kl_mean_se
+
+
+def _timed(candidate: Candidate, settings: Settings) -> Generator[Measuring, None, tuple[Speed | None, str | None]]:
     """The speed of a model, or why it could not be measured; neither where none was asked for."""
     source = candidate.source
     if source is None or source.weights_folder is None or settings.speed is None:
         return None, None
-    yield Progress("speed", candidate.name, 0, 1, None, None)
+    yield Measuring("speed", candidate.name, 0, 1, None, None)
     try:
         speed = measure_speed(
             source.weights_folder,
@@ -313,21 +317,21 @@ def _timed(candidate: Candidate, settings: Settings) -> Generator[Progress, None
         )
     except ChildError as error:
         return None, without_paths(error.message, source.weights_folder)
-    yield Progress("speed", candidate.name, 1, 1, None, 0.0)
+    yield Measuring("speed", candidate.name, 1, 1, None, 0.0)
     return speed, None
 
 
-def _watched(steps: Generator[int, None, _T], stage: str, model: str, total: int) -> Generator[Progress, None, _T]:
+def _watched(steps: Generator[int, None, _T], stage: str, model: str, total: int) -> Generator[Measuring, None, _T]:
     """Turn the token counts of ``steps`` into progress with rate and time left; return what they return."""
     began, done = time.perf_counter(), 0
-    yield Progress(stage, model, 0, total, None, None)
+    yield Measuring(stage, model, 0, total, None, None)
     while True:
         try:
             done += next(steps)
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
         rate = done / (time.perf_counter() - began)
-        yield Progress(stage, model, done, total, rate, max(0, total - done) / rate)
+        yield Measuring(stage, model, done, total, rate, max(0, total - done) / rate)
 
 
 def _required_tokenizer(reference: Candidate) -> Any:

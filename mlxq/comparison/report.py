@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlxq import __version__
+from mlxq.clean import clean, clean_line
 from mlxq.comparison.measure import Comparison, ModelResult, verdict
 from mlxq.metrics.metric import METRICS, Metric, chosen, value_text, with_error_text
 from mlxq.recipe.gates import GateResult
@@ -144,7 +145,7 @@ def footnotes(comparison: Comparison) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    return clean_line(text).replace("|", "\\|").replace("<", "&lt;")
 
 
 def comparison_html(comparison: Comparison, gates: Sequence[GateResult] = ()) -> str:
@@ -178,7 +179,7 @@ def comparison_html(comparison: Comparison, gates: Sequence[GateResult] = ()) ->
     ]
     bars = charts.speed_bars(comparison)
     device = next((r.speed.device for r in comparison.results if r.speed), "")
-    return environment.get_template("compare.html").render(
+    page = environment.get_template("compare.html").render(
         comparison=comparison,
         headings=[metric.label for metric in columns],
         rows=rows,
@@ -194,6 +195,7 @@ def comparison_html(comparison: Comparison, gates: Sequence[GateResult] = ()) ->
         footnotes=footnotes(comparison),
         version=__version__,
     )
+    return clean(page)
 
 
 def _answers_by_prompt(comparison: Comparison) -> list[dict[str, Any]]:

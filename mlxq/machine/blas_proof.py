@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxq.errors import BadInputError
+from mlxq.headers import read_json
 from mlxq.machine.blas_library import BlasFault, lend
 from mlxq.machine.cache import cache_folder
 from mlxq.machine.versions import installed_version
@@ -144,9 +146,9 @@ def _file() -> Path:
 
 def _remembered() -> dict[str, dict[str, Any]]:
     try:
-        kept = json.loads(_file().read_text(encoding="utf-8"))
+        kept = read_json(_file())
         return {key: entry for key, entry in kept.items() if _sound(entry)}
-    except (OSError, ValueError, AttributeError, RuntimeError):  # unreadable, damaged, of another shape, or no home
+    except (OSError, BadInputError):  # unreadable, damaged, of another shape, or no home
         return {}
 
 
@@ -168,7 +170,7 @@ def _remember(key: str, found: Verdict) -> None:
             whole = Path(folder, _file().name)
             whole.write_text(json.dumps(dict(newest)), encoding="utf-8")
             os.replace(whole, _file())
-    except (OSError, RuntimeError):  # read-only, full, or no home: it is proved again next time
+    except OSError:  # read-only, full, or no home: it is proved again next time
         return
 
 

@@ -90,17 +90,22 @@ class Format:
         """The format that an entry of ``config.json`` (or of a model's ``quant_predicate``) means.
 
         A missing mode is affine; bits and group size that are missing or null (mlx_lm's mixed presets write null)
-        are the mode's default. Raises BadInputError for a mode that MLX does not have.
+        are the mode's default. Raises BadInputError for a mode that MLX does not have, and for what is no entry.
         """
+        if not isinstance(entry, Mapping):
+            raise BadInputError(f"a quantization in config.json is {_short(entry)}, not an object")
         mode = MODES.get(str(entry.get("mode") or AFFINE.name))
         if mode is None:
             raise BadInputError(
-                f"unknown quantization mode {entry['mode']!r}; known are {', '.join(MODES)}",
+                f"unknown quantization mode {_short(entry['mode'])}; known are {', '.join(MODES)}",
                 "config.json may be of a newer MLX: try pip install -U mlxq",
             )
-        return cls(
-            int(entry.get("bits") or mode.bits[0]), int(entry.get("group_size") or mode.group_sizes[0]), mode.name
-        )
+        bits = entry.get("bits") or mode.bits[0]
+        group_size = entry.get("group_size") or mode.group_sizes[0]
+        for name, value, most in (("bits", bits, 32), ("group_size", group_size, 1 << 31)):
+            if type(value) is not int or not 0 < value <= most:
+                raise BadInputError(f"a quantization in config.json has {name} {_short(value)}")
+        return cls(bits, group_size, mode.name)
 
     @classmethod
     def of_module(cls, module: nn.Module) -> Format | None:
@@ -210,6 +215,12 @@ class Format:
             for name, array in parts.items()
         }
         return self.dequantize(widened, mx.float32)
+
+
+def _short(value: object) -> str:
+    """A value of somebody's file as a message can show it."""
+    shown = repr(value) if isinstance(value, str | int | float | bool | None) else type(value).__name__
+    return shown if len(shown) <= 60 else shown[:60] + " ..."
 
 
 def fault_of(mode: str, bits: int, group_size: int) -> str | None:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mlxq.metrics.forward import Reference, on_cpu, run_rows
+from mlxq.machine.cores import on_cpu, run_rows
+from mlxq.metrics.reference import Reference
 
 if TYPE_CHECKING:
     import mlx.core as mx

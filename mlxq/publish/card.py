@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxq.clean import clean
 from mlxq.errors import BadInputError
 from mlxq.families import part_of
 from mlxq.fold import fold
@@ -66,7 +67,7 @@ def make_card(report: Mapping[str, Any], name: str, folder: Path, plot: str | No
         carried["tags"] = [tag for tag in carried["tags"] if tag not in _BEYOND_TEXT]
     parts = (_summary(report), _use(name, folder), _done(report), _measured(report, plot), _reproduce(report, name))
     note = "<!-- Rewritten by mlxq at each upload. What is written outside these marks stays. -->"
-    section = "\n\n".join([f"{BEGIN}\n{note}", *(part for part in parts if part), END])
+    section = clean("\n\n".join([f"{BEGIN}\n{note}", *(part for part in parts if part), END]))
     return Card(name.rpartition("/")[2], owned, carried, tuple(tags), section)
 
 

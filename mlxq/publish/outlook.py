@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.errors import BadInputError
+from mlxq.headers import json_object
 from mlxq.places import place_in
 from mlxq.publish import card
 from mlxq.publish.check import WEIGHTS, Checked
 from mlxq.publish.hub import HubFile, Remote, git_hash, hub_api, remote_state, remote_text
+from mlxq.reading import read_bytes
 from mlxq.recipe.target import Target
 from mlxq.sources.front_matter import FILE_NAME as CARD
 from mlxq.sources.front_matter import as_text
 from mlxq.writing.report import FILE_NAME, report_bytes, shareable
+from mlxq.writing.report_shape import fault_of_report
 from mlxq.writing.verify import PLOT
 
 if TYPE_CHECKING:
@@ -82,7 +84,7 @@ def change_of(there: HubFile | None, sha256: str, content: bytes | None, file: P
     if there.sha256 is not None:
         return "unchanged" if there.sha256 == sha256 else "changed"
     # Kept in git itself, so it is small enough to be read whole.
-    return "unchanged" if there.git_hash == git_hash(file.read_bytes() if content is None else content) else "changed"
+    return "unchanged" if there.git_hash == git_hash(read_bytes(file) if content is None else content) else "changed"
 
 
 def _draw(checked: Checked, target: Target, existing: str | None) -> dict[str, bytes]:
@@ -106,6 +108,15 @@ def _check_places(drawn: Mapping[str, bytes]) -> None:
             )
 
 
+def _their_report(text: str | None) -> dict[str, Any]:
+    """The ``mlxq.json`` on the Hub; what is none says nothing of the card beside it."""
+    try:
+        report = json_object((text or "{}").encode(), FILE_NAME)
+    except BadInputError:
+        return {}
+    return {} if fault_of_report(report) is not None else report
+
+
 def _card_to_keep(api: HfApi, checked: Checked, target: Target, remote: Remote, *, force: bool) -> str | None:
     """The card that holds a person's words: the one here, or the one on the Hub.
 
@@ -113,13 +124,13 @@ def _card_to_keep(api: HfApi, checked: Checked, target: Target, remote: Remote, 
     where both were, each in its own way.
     """
     file = checked.folder / CARD
-    here = as_text(file.read_bytes()) if file.is_file() else None
+    here = as_text(read_bytes(file)) if file.exists() else None
     there = remote_text(api, target, remote, CARD)
     if there is None or here is None:
         return there if here is None else here
     if card.own_words(here) == card.own_words(there):
         return here
-    report = json.loads(remote_text(api, target, remote, FILE_NAME) or "{}")
+    report = _their_report(remote_text(api, target, remote, FILE_NAME))
     if _as_recorded(there, report):
         return here
     if _as_recorded(here, checked.report):

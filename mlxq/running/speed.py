@@ -47,7 +47,7 @@ CPU_SETTINGS = SpeedSettings(prompt_tokens=32, generation_tokens=8, trials=3, bu
 
 def usual_settings() -> SpeedSettings:
     """The lengths that suit this machine."""
-    from mlxq.metrics.forward import on_cpu
+    from mlxq.machine.cores import on_cpu
 
     return CPU_SETTINGS if on_cpu() else SpeedSettings()
 

@@ -5,9 +5,11 @@ Whatever is printed passes through here, so here text that came from a file lose
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
+import traceback
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,11 +17,13 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
 from rich.segment import Segment
 
+from mlxq.clean import clean, clean_json
 from mlxq.errors import MlxqError
-from mlxq.show.clean import clean, clean_json
 
 # Read by CI logs and pipes as wide as the tables are laid out for; a terminal says its own width.
 PIPE_WIDTH = 120
+# Of a line of an error, whose names and values may be of any length.
+LONGEST_LINE = 1000
 
 
 class _Cleaning(Console):
@@ -70,21 +74,31 @@ class Sink:
     def note(self, message: str) -> None:
         """Say something in passing."""
         if not self.quiet:
-            self.stderr().print(escape(message), style="dim", soft_wrap=True)
+            with contextlib.suppress(OSError):  # a full or closed stderr is no reason to stop
+                self.stderr().print(escape(message), style="dim", soft_wrap=True)
 
     def warn(self, message: str) -> None:
         """Say something that should not be missed."""
-        self.stderr().print(f"[yellow]note:[/] {escape(message)}", soft_wrap=True)
+        with contextlib.suppress(OSError):
+            self.stderr().print(f"[yellow]note:[/] {escape(message)}", soft_wrap=True)
 
-    def error(self, error: MlxqError) -> None:
-        """The one place where errors are rendered: what is wrong, then what to do."""
+    def error(self, error: MlxqError, met: BaseException | None = None) -> None:
+        """The one place where errors are rendered: what is wrong, then what to do.
+
+        ``met`` is what was raised, where that is not ``error`` itself; MLXQ_DEBUG=1 shows where.
+        """
         stderr = self.stderr()
         for line in error.message.splitlines():
-            stderr.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
+            stderr.print(f"[bold red]error:[/] {escape(_shortened(line))}", soft_wrap=True)
         if error.hint:
-            stderr.print(f"[cyan]hint:[/] {escape(error.hint)}", soft_wrap=True)
+            stderr.print(f"[cyan]hint:[/] {escape(_shortened(error.hint))}", soft_wrap=True)
         if os.environ.get("MLXQ_DEBUG") == "1":
-            stderr.print_exception()
+            where = error if met is None else met
+            stderr.print(escape("".join(traceback.format_exception(where))), soft_wrap=True)
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= LONGEST_LINE else line[:LONGEST_LINE] + " ..."
 
 
 console = Sink()

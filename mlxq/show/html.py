@@ -11,10 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mlxq.api import Inspected
+from mlxq.clean import clean
 from mlxq.comparison.measure import Comparison, verdict
 from mlxq.pipeline import Finished
 from mlxq.planning.plan import Plan
-from mlxq.show.clean import clean
 from mlxq.shown import Shown
 
 if TYPE_CHECKING:

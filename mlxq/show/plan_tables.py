@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mlxq.planning.plan import Plan
     from mlxq.running.question import Generation
     from mlxq.tensors import TensorSpec
-    from mlxq.writing.disk_space import Room
+    from mlxq.writing.disk_space import DiskUse
 
 
 def plan_table(plan: Plan) -> Table:
@@ -63,26 +63,26 @@ def plan_summary(plan: Plan) -> list[str]:
     return lines + [f"[yellow]*[/] {escape(line)}" for line in plan_notes(plan)]
 
 
-def room_summary(room: Room) -> list[str]:
+def disk_summary(use: DiskUse) -> list[str]:
     """What is fetched, and the disk that takes, in a line; none where everything is here."""
-    if room.download_bytes == 0 and not room.low_disk:
+    if use.download_bytes == 0 and not use.low_disk:
         return []
-    fetched = f"{size_text(room.download_bytes)} to fetch"
-    if not room.low_disk:
-        needed = size_text(room.source_bytes + room.output_bytes)
+    fetched = f"{size_text(use.download_bytes)} to fetch"
+    if not use.low_disk:
+        needed = size_text(use.source_bytes + use.output_bytes)
         return [f"{fetched}; free disk needed: {needed}, source and output."]
-    needed = size_text(room.source_bytes + room.output_bytes)
-    source = f"{size_text(room.source_bytes)} of source at once ({room.shard_count} files in all)"
-    return [f"{fetched}; free disk needed: {needed}, which is {size_text(room.output_bytes)} of output and {source}."]
+    needed = size_text(use.source_bytes + use.output_bytes)
+    source = f"{size_text(use.source_bytes)} of source at once ({use.shard_count} files in all)"
+    return [f"{fetched}; free disk needed: {needed}, which is {size_text(use.output_bytes)} of output and {source}."]
 
 
-def room_facts(room: Room) -> dict[str, Any]:
+def disk_facts(use: DiskUse) -> dict[str, Any]:
     """The disk a run takes, as data."""
     return {
-        "download_bytes": room.download_bytes,
-        "source_bytes": room.source_bytes,
-        "output_bytes": room.output_bytes,
-        "low_disk": room.low_disk,
+        "download_bytes": use.download_bytes,
+        "source_bytes": use.source_bytes,
+        "output_bytes": use.output_bytes,
+        "low_disk": use.low_disk,
     }
 
 

@@ -47,16 +47,15 @@ class _Watcher:
         self.stage, self.began = "", 0.0
 
     def tell(self, event: Event) -> None:
-        from mlxq.budget.spend import Scoring
-        from mlxq.comparison.measure import Comparison
-        from mlxq.comparison.measure import Progress as Measuring
-        from mlxq.pipeline import Remark, Resumed
+        from mlxq.budget.scoring import Remark, Scoring
+        from mlxq.comparison.measure import Comparison, Measuring
+        from mlxq.pipeline import Resumed
         from mlxq.publish.check import Checked
         from mlxq.publish.publish import Doing
         from mlxq.retry import Waiting
         from mlxq.sources.download import Downloading
         from mlxq.sources.sample import Fetching
-        from mlxq.writing.execute import Progress as Written
+        from mlxq.writing.execute import Written
 
         shows: dict[type, Callable[[Any], None]] = {
             Waiting: lambda e: console.warn(f"{e.reason}; trying again in {e.seconds:.0f} s"),

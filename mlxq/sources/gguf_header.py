@@ -8,6 +8,7 @@ and does not notice that a file is cut short.
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import Any
 
 from mlxq.errors import BadInputError
 from mlxq.files import refuse_pointer
+from mlxq.reading import opened
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -39,11 +41,14 @@ _HIGHEST_TYPE = 1023
 DEFAULT_ALIGNMENT = 32
 # What GGML itself allows; a larger number is a corrupt header.
 MAX_DIMENSIONS = 4
-MAX_TENSORS = 1 << 20
+MAX_TENSORS = 1 << 17
 # Holds rope frequencies, the one tensor whose values are read with the header: they go to config.json.
 ROPE_FREQUENCIES = "rope_freqs.weight"
 # Far above any chat template or vocabulary; what a corrupt length can make us hold stays small.
 MAX_VALUE_BYTES = 1 << 26
+# Values and elements of lists in all: a vocabulary of 262,000 with scores, types and merges, the largest known, has 1.3
+# million.
+MAX_VALUES = 3_000_000
 
 # What the keys we read hold, by the specification; the rest may hold what they like.
 _TEXT = ("general.architecture", "tokenizer.chat_template", "tokenizer.ggml.model", "tokenizer.ggml.pre")
@@ -120,6 +125,7 @@ class _Cursor:
     def __init__(self, data: mmap.mmap | bytes) -> None:
         self.data = data
         self.at = 0
+        self.values = 0
 
     def take(self, nbytes: int) -> bytes:
         end = self.at + nbytes
@@ -162,7 +168,14 @@ class _Cursor:
         self.at = at
         return found
 
+    def count(self, values: int) -> None:
+        """Refuse more values than any model has, before they are made."""
+        self.values += values
+        if self.values > MAX_VALUES:
+            raise _Malformed(f"its metadata holds over {MAX_VALUES:,} values")
+
     def value(self, kind: int) -> Any:
+        self.count(1)
         if kind == _STRING:
             return self.string()
         if kind == _ARRAY:
@@ -177,6 +190,7 @@ class _Cursor:
         # The smallest element is one byte, a string eight: a larger count cannot fit in what is left.
         if count * (8 if kind in (_STRING, _ARRAY) else 1) > len(self.data) - self.at:
             raise _Ended("it is cut short inside its header")
+        self.count(count)
         if kind == _STRING:
             return self.strings(count)
         if kind == _ARRAY:
@@ -193,8 +207,8 @@ def read_gguf_header(path: Path) -> GGUFHeader:
     Raises BadInputError where the file is not GGUF, is of a version, byte order or tensor type that is not
     supported, or is cut short: each tensor must lie wholly inside the file.
     """
-    size = path.stat().st_size
-    with path.open("rb") as stream:
+    with opened(path) as stream:
+        size = os.fstat(stream.fileno()).st_size
         refuse_pointer(path, stream.read(128))
         stream.seek(0)
         begins = stream.read(4)

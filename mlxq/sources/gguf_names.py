@@ -118,7 +118,7 @@ def config_of(header: GGUFHeader, layout: Layout, rope_frequencies: Sequence[flo
         "architectures": [layout.class_name],
         "model_type": layout.model_type,
         "hidden_size": hidden,
-        "num_hidden_layers": meta.whole("block_count"),
+        "num_hidden_layers": meta.layers(),
         "num_attention_heads": heads,
         "num_key_value_heads": meta.whole("attention.head_count_kv", heads),
         "head_dim": head_dim,
@@ -171,6 +171,13 @@ class _Metadata:
         if value is None:
             raise self.bad(f"its metadata lacks {self.header.metadata['general.architecture']}.{key}")
         return float(value)
+
+    def layers(self) -> int:
+        """``block_count``, held against the count of tensors: each layer has at least one."""
+        count = self.whole("block_count")
+        if count > len(self.header.tensors):
+            raise self.bad(f"it says it has {count:,} layers, and holds {len(self.header.tensors):,} tensors")
+        return count
 
     def whole(self, key: str, otherwise: int | None = None) -> int:
         value = self.number(key, otherwise)

@@ -52,7 +52,7 @@ def believed(config: Mapping[str, Any], tensors: Iterable[str]) -> dict[str, Any
 def stated_quantization(config: Mapping[str, Any], folder: Path) -> Quantization | None:
     """How a folder of safetensors says that it is quantized, or None. ``config`` is what is ``believed`` of it."""
     mlx, other = config.get("quantization"), config.get("quantization_config")
-    if other is None and (folder / "hf_quant_config.json").is_file():
+    if other is None and (folder / "hf_quant_config.json").exists():
         # NVIDIA ModelOpt says it in a file of its own.
         settings = read_json(folder / "hf_quant_config.json").get("quantization", {})
         other = {"quant_method": "modelopt", **(settings if isinstance(settings, Mapping) else {})}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from mlxq.errors import BadInputError
+from mlxq.reading import unreadable
 from mlxq.retry import Waiting, told
 from mlxq.sources.base import ModelSource
 from mlxq.sources.gguf import open_gguf
@@ -37,7 +38,7 @@ def resolve(
         from mlxq.sources import sample
 
         return told(sample.open_sample(sample.SAMPLE, sample.sample_folder()), on_event)
-    path = Path(model).expanduser()
+    path = _expanded(model)
     if path.is_dir():
         ggufs = models_in(file.name for file in path.glob("*.gguf"))
         if len(ggufs) == 1 and not any(path.glob("model*.safetensors")):
@@ -60,3 +61,15 @@ def resolve(
         f"no model at {model!r}",
         "Name a folder, a .gguf file, a Hub id such as org/name, or 'sample' for a small model to try things on.",
     )
+
+
+def _expanded(model: str) -> Path:
+    """``model`` as a path, ``~`` and ``~user`` as the home they mean."""
+    try:
+        path = Path(model).expanduser()
+        path.exists()
+    except RuntimeError as exc:
+        raise BadInputError(f"no model at {model!r}: there is no such home folder") from exc
+    except (OSError, ValueError) as exc:
+        raise unreadable(model, exc) from exc
+    return path

@@ -13,6 +13,7 @@ from mlxq.files import FileState, states_of
 from mlxq.headers import StoredTensor, read_file_header, read_json
 from mlxq.sources.belongings import LINK, OPENED, TEMPLATES, check_stays, left_behind, stays, travels
 from mlxq.sources.card import SourceCard, card_in
+from mlxq.sources.config_shape import check_config
 from mlxq.sources.quantization import Quantization, believed, stated_quantization
 from mlxq.sources.unchanged import files_of
 from mlxq.tensors import TensorSpec
@@ -188,7 +189,7 @@ def open_folder(folder: Path, name: str, *, trusted: bool = False, scratch: Scra
     not there, or where what is read is a link out of the folder.
     """
     config_file = folder / "config.json"
-    if not config_file.is_file():
+    if not config_file.exists():
         hint = "Name a folder with config.json and model*.safetensors, a .gguf file, or a Hub id such as org/name."
         if any(folder.glob("*.gguf")):
             hint = f"It holds GGUF files; name one of them, such as {next(iter(sorted(folder.glob('*.gguf'))))}."
@@ -205,7 +206,7 @@ def open_folder(folder: Path, name: str, *, trusted: bool = False, scratch: Scra
             f"It has {', '.join(sorted(others)[:3])}; save the model as model*.safetensors first." if others else None,
         )
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if index.exists():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict):
             raise BadInputError(f"{index} has no weight_map")
@@ -227,5 +228,6 @@ def open_folder(folder: Path, name: str, *, trusted: bool = False, scratch: Scra
             stored[tensor.spec.name] = tensor
     if not stored:
         raise BadInputError(f"{folder} holds no tensors")
+    check_config(config, len(stored), str(config_file))
     source = SafetensorsFolder(name, folder, believed(config, stored), stored, trusted=trusted, scratch=scratch)
     return replace(source, as_opened={file: before[file] for file in files_of(source) if file in before})

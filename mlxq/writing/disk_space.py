@@ -10,12 +10,12 @@ from pathlib import Path
 from mlxq.errors import BadInputError, MlxqError
 from mlxq.planning.plan import Plan
 from mlxq.sources.hub_files import cached_file
-from mlxq.writing.low_disk import most_held_bytes, stages
+from mlxq.writing.low_disk import most_held_bytes, steps_by_shard
 from mlxq.writing.standing import partial_of
 
 
 @dataclass(frozen=True)
-class Room:
+class DiskUse:
     """Disk that making a model takes, in bytes.
 
     ``download_bytes`` come from the Hub; of them, ``source_bytes`` are on the disk at once, at most, in ``source``.
@@ -32,7 +32,7 @@ class Room:
     low_disk: bool
 
 
-def room_needed(plan: Plan, out: Path, *, low_disk: bool = False) -> Room:
+def disk_use(plan: Plan, out: Path, *, low_disk: bool = False) -> DiskUse:
     """Reckon it from the plan and the headers. Raises BadInputError where the plan cannot be made with low disk."""
     from huggingface_hub import constants
 
@@ -41,7 +41,7 @@ def room_needed(plan: Plan, out: Path, *, low_disk: bool = False) -> Room:
     if remote is None:
         sidecars = plan.source.sidecars.values()
         carried = sum(len(each) if isinstance(each, bytes) else each.stat().st_size for each in sidecars)
-        return Room(0, 0, output, plan.file_bytes + carried, output, 0, False)
+        return DiskUse(0, 0, output, plan.file_bytes + carried, output, 0, False)
     cache = _existing(Path(constants.HF_HUB_CACHE))
     absent = [
         f for f in (*remote.weights, *remote.companions) if cached_file(remote.repo, f.name, remote.commit) is None
@@ -49,45 +49,45 @@ def room_needed(plan: Plan, out: Path, *, low_disk: bool = False) -> Room:
     download = sum(file.nbytes for file in absent)
     written = plan.file_bytes + sum(file.nbytes for file in remote.companions)
     if not low_disk:
-        return Room(download, download, cache, written, output, len(remote.weights), False)
-    held = most_held_bytes(stages(plan))
-    return Room(download, held, output, written, output, len(remote.weights), True)
+        return DiskUse(download, download, cache, written, output, len(remote.weights), False)
+    held = most_held_bytes(steps_by_shard(plan))
+    return DiskUse(download, held, output, written, output, len(remote.weights), True)
 
 
-def check_room(plan: Plan, out: Path, *, low_disk: bool = False) -> None:
+def check_disk(plan: Plan, out: Path, *, low_disk: bool = False) -> None:
     """Raise MlxqError where the free disk does not hold what is to be fetched and written."""
     if plan.source.remote is None:
         return
-    room = room_needed(plan, out, low_disk=low_disk)
+    use = disk_use(plan, out, low_disk=low_disk)
     partial = partial_of(out)
     taken = sum(f.stat().st_blocks * 512 for f in partial.rglob("*") if f.is_file()) if partial.is_dir() else 0
-    wanted = {room.output: room.output_bytes - taken}
-    same = os.stat(room.source).st_dev == os.stat(room.output).st_dev
-    place = room.output if same else room.source
-    wanted[place] = wanted.get(place, 0) + room.source_bytes
+    wanted = {use.output: use.output_bytes - taken}
+    same = os.stat(use.source).st_dev == os.stat(use.output).st_dev
+    place = use.output if same else use.source
+    wanted[place] = wanted.get(place, 0) + use.source_bytes
     for folder, nbytes in wanted.items():
         free = shutil.disk_usage(folder).free
         if nbytes <= free:
             continue
-        parts = f"{room.source_bytes:,} bytes of source" if folder == place else ""
-        if folder == room.output:
-            parts += f"{' and ' if parts else ''}{room.output_bytes:,} bytes of output"
+        parts = f"{use.source_bytes:,} bytes of source" if folder == place else ""
+        if folder == use.output:
+            parts += f"{' and ' if parts else ''}{use.output_bytes:,} bytes of output"
         raise MlxqError(
             f"{folder} needs room for {parts}, and has {free + max(taken, 0):,} bytes free: "
             f"{nbytes - free:,} bytes are missing",
-            _way_out(plan, out, room),
+            _way_out(plan, out, use),
         )
 
 
-def _way_out(plan: Plan, out: Path, room: Room) -> str:
+def _way_out(plan: Plan, out: Path, use: DiskUse) -> str:
     elsewhere = "Free some space, choose another -o, or set HF_HUB_CACHE to a folder on a larger disk."
-    if room.low_disk:
+    if use.low_disk:
         return elsewhere
     try:
-        small = room_needed(plan, out, low_disk=True)
+        small = disk_use(plan, out, low_disk=True)
     except BadInputError:
         return elsewhere
-    if small.source_bytes >= room.source_bytes:
+    if small.source_bytes >= use.source_bytes:
         return elsewhere
     return f"--low-disk needs {small.source_bytes:,} bytes of source at once. {elsewhere}"
 

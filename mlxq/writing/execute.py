@@ -67,7 +67,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Progress:
+class Written:
     """How far it is: bytes of output written of all to write, and the parameter just finished, if one was."""
 
     written_bytes: int
@@ -100,7 +100,7 @@ def blocks_of(step: Step) -> list[Block]:
     ]
 
 
-def execute(plan: Plan, folder: PartialFolder, *, steps: Sequence[Step] | None = None) -> Iterator[Progress]:
+def execute(plan: Plan, folder: PartialFolder, *, steps: Sequence[Step] | None = None) -> Iterator[Written]:
     """Write every tensor of ``plan``, or of some ``steps`` of it, that the journal does not have, yielding progress.
 
     Raises MlxqError where a source cannot be read or the disk is full; finished steps stay in the journal.
@@ -122,7 +122,7 @@ def execute(plan: Plan, folder: PartialFolder, *, steps: Sequence[Step] | None =
         thread.start()
     running = len(threads)
     try:
-        yield Progress(written, total, None)
+        yield Written(written, total, None)
         while running:
             event = work.events.get()
             if event is None:
@@ -137,11 +137,11 @@ def execute(plan: Plan, folder: PartialFolder, *, steps: Sequence[Step] | None =
                 if done:
                     folder.finished(block.step.path)
                     if block.held is not None:
-                        work.room.release()
-                yield Progress(written, total, block.step.path if done else None)
+                        work.vacant.release()
+                yield Written(written, total, block.step.path if done else None)
     finally:
         work.stop.set()
-        work.room.release()
+        work.vacant.release()
         for thread in threads:
             thread.join()
         mx.set_cache_limit(previous_cache)
@@ -162,7 +162,7 @@ class _Work:
                     self.straight.put(block)
         self.assembled: queue.SimpleQueue[Block] = queue.SimpleQueue()
         self.all_assembled = threading.Event()
-        self.room = threading.Semaphore(1)
+        self.vacant = threading.Semaphore(1)
         self.events: queue.SimpleQueue[tuple[Block, int] | BaseException | None] = queue.SimpleQueue()
         self.stop = threading.Event()
         self.places = {name: (shard.file, offset) for shard in plan.shards for name, offset in shard.offsets.items()}
@@ -187,20 +187,20 @@ class _Work:
         if self.to_assemble:
             assembler = _Assembler(self.plan, self.to_assemble)
             for step in self.to_assemble:
-                if not self._room():
+                if not self._is_vacant():
                     return
                 yield step, assembler.take(step)
         if self.guided:
             steps = {step.path: step for step in self.guided}
             encoders = {s.path: (named(s.method, s.format), s.format) for s in self.guided if s.format}
             for path, weight, guide in guided_weights(self.plan, encoders):
-                if not self._room():
+                if not self._is_vacant():
                     return
                 yield steps[path], Held({"weight": as_matrix(weight)}, {"weight": "F32"}, None, guide)
 
-    def _room(self) -> bool:
+    def _is_vacant(self) -> bool:
         """Wait until the tensor in memory is written; False where the run was stopped."""
-        self.room.acquire()
+        self.vacant.acquire()
         return not self.stop.is_set()
 
     def encode_all(self) -> None:

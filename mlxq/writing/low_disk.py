@@ -21,12 +21,12 @@ from mlxq.sources.base import ModelSource
 from mlxq.sources.download import Downloading, Transfer
 from mlxq.sources.hub import partly_opened
 from mlxq.sources.remote import RemoteFile
-from mlxq.writing.execute import Progress, execute
+from mlxq.writing.execute import Written, execute
 from mlxq.writing.folder import PartialFolder
 
 
 @dataclass(frozen=True)
-class Stage:
+class ShardSteps:
     """``steps`` that can be done once ``shard`` is here too; after them the ``dropped`` shards are not needed."""
 
     shard: RemoteFile
@@ -34,7 +34,7 @@ class Stage:
     dropped: tuple[str, ...]
 
 
-def stages(plan: Plan, done: Collection[str] = ()) -> tuple[Stage, ...]:
+def steps_by_shard(plan: Plan, done: Collection[str] = ()) -> tuple[ShardSteps, ...]:
     """The order in which shards are fetched, for the steps whose path is not in ``done``.
 
     Raises BadInputError where the plan needs the weights more than once.
@@ -53,7 +53,7 @@ def stages(plan: Plan, done: Collection[str] = ()) -> tuple[Stage, ...]:
         for name in needed or {remote.weights[0].name}:
             last_use[name] = max(last_use.get(name, 0), last)
     return tuple(
-        Stage(file, tuple(by_last[number]), tuple(n for n, last in last_use.items() if last == number))
+        ShardSteps(file, tuple(by_last[number]), tuple(n for n, last in last_use.items() if last == number))
         for number, file in enumerate(remote.weights)
         if file.name in last_use
     )
@@ -70,39 +70,39 @@ def check_low_disk(plan: Plan) -> None:
         )
 
 
-def most_held_bytes(planned: tuple[Stage, ...]) -> int:
+def most_held_bytes(planned: tuple[ShardSteps, ...]) -> int:
     """Bytes of source on the disk at once, at most: the shards in use, and the next one on its way."""
-    sizes = {stage.shard.name: stage.shard.nbytes for stage in planned}
+    sizes = {part.shard.name: part.shard.nbytes for part in planned}
     held = most = 0
-    for stage, following in zip(planned, (*planned[1:], None), strict=True):
-        held += stage.shard.nbytes
+    for part, following in zip(planned, (*planned[1:], None), strict=True):
+        held += part.shard.nbytes
         most = max(most, held + (following.shard.nbytes if following else 0))
-        held -= sum(sizes[name] for name in stage.dropped)
+        held -= sum(sizes[name] for name in part.dropped)
     return most
 
 
-def execute_by_shards(plan: Plan, folder: PartialFolder) -> Iterator[Progress | Downloading | Waiting]:
+def execute_by_shards(plan: Plan, folder: PartialFolder) -> Iterator[Written | Downloading | Waiting]:
     """``execute`` with the weights fetched as they are needed and dropped after.
 
     Raises MlxqError where the Hub or the disk fails; finished steps and complete shards stay for the next run.
     """
     remote = plan.source.remote
     assert remote is not None, "the weights are here already"
-    planned = stages(plan, folder.done)
+    planned = steps_by_shard(plan, folder.done)
     place = folder.source_folder
     place.mkdir(exist_ok=True)
-    _drop_what_is_not_needed(place, {stage.shard.name for stage in planned})
+    _drop_what_is_not_needed(place, {part.shard.name for part in planned})
     here: dict[str, Path] = {}
     coming = Transfer(remote, [planned[0].shard], place) if planned else None
     try:
-        for stage, following in zip(planned, (*planned[1:], None), strict=True):
+        for part, following in zip(planned, (*planned[1:], None), strict=True):
             assert coming is not None
             here |= yield from coming.wait()
             coming = Transfer(remote, [following.shard], place) if following else None
-            if stage.steps:
+            if part.steps:
                 local = plan.with_source(partly_opened(remote, plan.source.name, here))
-                yield from execute(local, folder, steps=stage.steps)
-            for name in stage.dropped:
+                yield from execute(local, folder, steps=part.steps)
+            for name in part.dropped:
                 here.pop(name).unlink()
     finally:
         if coming is not None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from mlxq.clean import clean, clean_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +26,9 @@ def one_model(measured: Mapping[str, Any]) -> Figure:
     layers = measured["layer_bits"]
     left.bar(range(len(layers)), list(layers.values()), color=COLORS[0], width=0.8)
     step = max(1, len(layers) // 12)
-    left.set_xticks(range(0, len(layers), step), list(layers)[::step], rotation=45 if len(layers) > 6 else 0)
+    left.set_xticks(
+        range(0, len(layers), step), [plain(label) for label in layers][::step], rotation=45 if len(layers) > 6 else 0
+    )
     left.set_xlabel("layer")
     left.set_ylabel("bits per weight")
     edges, counts = measured["kl_histogram"]["edges"], measured["kl_histogram"]["counts"]
@@ -65,7 +68,7 @@ def size_kl_curve(spent: Mapping[str, Any]) -> Figure:
             axes.plot(*point, marker="*", markersize=13, color=COLORS[2], linestyle="", label="chosen, measured")
         elif check["name"].startswith(("uniform", "mixed")):
             axes.plot(*point, marker="o", color=GREY, linestyle="")
-            axes.annotate(check["name"], point, xytext=(6, 5), textcoords="offset points", fontsize=8.5)
+            axes.annotate(plain(check["name"]), point, xytext=(6, 5), textcoords="offset points", fontsize=8.5)
     axes.set_yscale("log")
     axes.set_xlabel("size of the weights, MB")
     axes.set_ylabel("mean KL divergence from the original, nats" if spent["text"] else "sum of relative errors")
@@ -73,9 +76,14 @@ def size_kl_curve(spent: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def save_figure(figure: Figure, file: Path) -> None:
-    """Write a figure as SVG or PNG, by the file's suffix."""
-    file.write_bytes(as_png(figure) if file.suffix == ".png" else as_svg(figure).encode())
+def plain(text: str) -> str:
+    """A name as matplotlib draws it as it is: what stands between dollars it would set as a formula."""
+    return clean_line(text).replace("$", r"\$")
+
+
+def drawn(figure: Figure, suffix: str) -> bytes:
+    """A figure as the content of a ``.svg`` or ``.png`` file."""
+    return as_png(figure) if suffix == ".png" else as_svg(figure).encode()
 
 
 def as_svg(figure: Figure) -> str:
@@ -85,7 +93,8 @@ def as_svg(figure: Figure) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "mlxq", "svg.fonttype": "none"}):
         out = io.StringIO()
         figure.savefig(out, format="svg", metadata={"Date": None}, bbox_inches="tight", transparent=True)
-    text = out.getvalue()
+    # Names stand in it as text, and XML has no place for what is cleaned away.
+    text = clean(out.getvalue())
     return text[text.index("<svg") :]
 
 

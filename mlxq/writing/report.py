@@ -19,6 +19,7 @@ from mlxq.planning.plan import Decision, Plan
 from mlxq.recipe.model import Recipe
 from mlxq.sources.base import ModelSource
 from mlxq.sources.belongings import TEMPLATES
+from mlxq.writing.report_shape import fault_of_report
 
 FILE_NAME = "mlxq.json"
 SCHEMA_VERSION = 1
@@ -154,13 +155,20 @@ def write_report(report: Mapping[str, Any], folder: Path) -> None:
 
 def read_report(file: Path) -> dict[str, Any]:
     """Read a ``mlxq.json``. Raises BadInputError where it is not one, or a newer one than this mlxq knows."""
-    if not file.is_file():
+    if not file.exists():
         raise BadInputError(f"no such file: {file}", "Name the mlxq.json beside a model that mlxq wrote.")
     report = read_json(file)
     if report.get("schema") != "mlxq.report":
         raise BadInputError(f"{file} is not an mlxq report")
-    if int(report.get("schema_version", 0)) > SCHEMA_VERSION:
-        raise BadInputError(f"{file} was written by a newer mlxq ({report['versions']['mlxq']})", "Update mlxq.")
+    version = report.get("schema_version")
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise BadInputError(f"{file} was written by a newer mlxq", "Update mlxq.")
+    if version != SCHEMA_VERSION or (fault := fault_of_report(report)) is not None:
+        wrong = f"its schema_version is {version!r}" if version != SCHEMA_VERSION else fault
+        raise BadInputError(
+            f"{file} is not a report that this mlxq can read: {wrong}",
+            "It was changed, or came from elsewhere; mlxq writes it anew with the model.",
+        )
     return report
 
 

@@ -36,7 +36,8 @@ load_blas()
 import numpy as np, mlx.core as mx
 from mlxq.comparison.measure import stored_candidate
 from mlxq.metrics.faithfulness import measure_faithfulness
-from mlxq.metrics.forward import build_reference, evaluation_model
+from mlxq.metrics.evaluation import evaluation_model
+from mlxq.metrics.reference import build_reference
 from mlxq.sources.safetensors import open_folder
 folder, ids = sys.argv[1], np.array(json.load(sys.stdin), dtype=np.int32)
 candidate = stored_candidate("m", open_folder(Path(folder), folder))

@@ -31,7 +31,7 @@ def main() -> None:
     load_blas()
     import numpy as np
 
-    from mlxq.budget.spend import options_of
+    from mlxq.budget.scoring import allowed_formats
     from mlxq.calibration.measured import measured_divergences
     from mlxq.calibration.sensitivity import scores
     from mlxq.calibration.streamed import streamed_model
@@ -53,10 +53,10 @@ def main() -> None:
     for _ in range(arguments.assignments):
         # Leaning to many or few bits, so that assignments differ in more than luck.
         weights = [chance.random() ** 2 + 0.02 for _ in formats]
-        assignments.append({path: chance.choices(formats, weights)[0] for path in options_of(draft)})
+        assignments.append({path: chance.choices(formats, weights)[0] for path in allowed_formats(draft)})
     with streamed_model(draft.source, draft.architecture) as streamed:
         text = calibration_text(draft.recipe.calibration, streamed)
-        options = dict.fromkeys(options_of(draft), formats)
+        options = dict.fromkeys(allowed_formats(draft), formats)
         found = {
             (score.path, score.fmt): score.divergence
             for score in scores(streamed.sequence, text.batches, options, encoded, streamed.hold)
