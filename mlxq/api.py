@@ -1,8 +1,6 @@
-"""The verbs as functions: what each command does, without a word printed. The commands are built on these.
+"""What the commands and the functions of the package (``mlxq.verbs``) are made of: the line, one stage a function.
 
-A model is what the commands take: a folder, a ``.gguf`` file, ``org/name[@revision]``, or ``sample``. A recipe is the
-name of a shipped one, a file, a dict of what such a file holds, or a ``Recipe``. ``on_event`` is called with frozen
-dataclasses that say how far it is (``Event``); what it raises ends the run, which the same call continues.
+Nothing is printed. ``on_event`` is called with frozen dataclasses that say how far it is (``Event``).
 """
 
 from __future__ import annotations
@@ -14,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mlxq.errors import BadInputError, GateError
-from mlxq.machine.backend import start_mlx
 from mlxq.recipe.gates import Gate, GateResult, check_gates, parse_gate
-from mlxq.recipe.load import load_recipe, names_recipe, recipe_from_dict, shipped_recipes
+from mlxq.recipe.load import load_recipe, names_recipe, recipe_from_dict, recipe_from_program, shipped_recipes
 from mlxq.recipe.model import Recipe
 from mlxq.recipe.target import Target
 from mlxq.retry import Waiting, told
+from mlxq.shown import Shown
 
 if TYPE_CHECKING:
     from mlxq.architecture.inspection import Inspection
+    from mlxq.architecture.tokenizer import Encoding
     from mlxq.budget.scoring import Remark, Scoring
     from mlxq.comparison.measure import Candidate, Measuring, Settings
     from mlxq.comparison.result import Comparison
@@ -59,145 +58,17 @@ def ignore(event: Event) -> None:
 
 
 @dataclass(frozen=True)
-class Inspected:
-    """What is in a model, and whether each shipped recipe's result runs on ``device`` with ``context`` tokens."""
+class Inspected(Shown):
+    """What is in a model, and whether each shipped recipe's result runs on ``device`` with ``context`` tokens.
+
+    ``encoding`` is what its tokenizer makes of a text, None where it was given none.
+    """
 
     inspection: Inspection
     device: Device
     context: int
     fits: tuple[tuple[str, Fit], ...]
-
-
-def inspect(
-    model: str | Path,
-    *,
-    context: int = 4096,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-    on_event: OnEvent = ignore,
-) -> Inspected:
-    """What is in a model and where it fits, from headers alone; needs neither MLX nor its weights.
-
-    ``context`` is in tokens, ``device`` a name such as ``m4-max-64gb``; by default this machine.
-    Raises BadInputError where there is no such model or device.
-    """
-    return inspected(find_model(model, trusted=trust_remote_code, on_event=on_event), context, device)
-
-
-def plan(
-    model: str | Path,
-    recipe: str | Path | Mapping[str, Any] | Recipe,
-    *,
-    requantize: bool = False,
-    trust_remote_code: bool = False,
-    on_event: OnEvent = ignore,
-) -> Plan:
-    """Every decision and every byte that ``quantize`` would write, to the byte. Weights are read only by a budget.
-
-    ``requantize`` reads a model that is quantized already as numbers.
-    Raises RecipeError with every fault of the recipe on this model, BadInputError where it cannot be made.
-    """
-    from mlxq.planning.plan import Stored
-
-    start_mlx()
-    source = find_model(model, trusted=trust_remote_code, on_event=on_event)
-    return planned(as_recipe(recipe), source, Stored.REQUANTIZE if requantize else Stored.AS_IS, on_event=on_event)
-
-
-def quantize(
-    model: str | Path,
-    recipe: str | Path | Mapping[str, Any] | Recipe,
-    *,
-    output: str | Path | None = None,
-    requantize: bool = False,
-    force: bool = False,
-    trust_remote_code: bool = False,
-    on_event: OnEvent = ignore,
-) -> Finished:
-    """Make the model that ``recipe`` describes, verified, in ``output`` (by default ``./MODEL-RECIPE``).
-
-    ``force`` replaces a model that is there. The recipe's gates are checked after; its ``upload`` is left to
-    ``upload``.
-    Raises BadInputError where it cannot be made as asked, MlxqError where the run fails (the same call continues it),
-    GateError where the model was made and does not meet a gate.
-    """
-    loaded = as_recipe(recipe)
-    out = _output(output, loaded, model, force=force)
-    made = plan(model, loaded, requantize=requantize, trust_remote_code=trust_remote_code, on_event=on_event)
-    finished = write(made, out, force=force, on_event=on_event)
-    require_gates(check_recipe_gates(made, out, on_event=on_event), out)
-    return finished
-
-
-def convert(
-    model: str | Path,
-    *,
-    output: str | Path | None = None,
-    dtype: str | None = None,
-    dequantize: bool = False,
-    force: bool = False,
-    trust_remote_code: bool = False,
-    on_event: OnEvent = ignore,
-) -> Finished:
-    """Write a model for MLX without quantizing it, in ``dtype`` (``bfloat16``, ``float16``, ``float32``) or its own.
-
-    ``dequantize`` writes what is quantized as plain numbers.
-    Raises BadInputError where it cannot be made as asked, MlxqError where the run fails.
-    """
-    from mlxq.planning.plan import Stored
-
-    start_mlx()
-    recipe = recipe_from_dict({"dtype": dtype} if dtype else {}, "mlx")
-    out = _output(output, recipe, model, force=force)
-    source = find_model(model, trusted=trust_remote_code, on_event=on_event)
-    made = planned(recipe, source, Stored.DEQUANTIZE if dequantize else Stored.AS_IS, on_event=on_event)
-    return write(made, out, force=force, on_event=on_event)
-
-
-def compare(
-    reference: str | Path,
-    candidates: Iterable[str | Path | Mapping[str, Any] | Recipe],
-    *,
-    settings: Settings | None = None,
-    gates: Sequence[str] = (),
-    trust_remote_code: bool = False,
-    on_event: OnEvent = ignore,
-) -> Comparison:
-    """What each candidate, a model or a recipe applied to ``reference``, costs and how far it is from it.
-
-    ``settings`` say on which text, how many tokens, and what is timed and asked. ``gates``, such as
-    ``kl_mean<0.05``, must hold for every candidate. ``on_event`` is also told the Comparison after each model.
-    Raises BadInputError for models that do not compare, GateError where a gate fails.
-    """
-    from mlxq.comparison.measure import Settings
-
-    start_mlx()
-    parsed = [parse_gate(gate) for gate in gates]
-    done = compared(reference, list(candidates), settings or Settings(), trusted=trust_remote_code, on_event=on_event)
-    require_gates(gate_results(parsed, done))
-    return done
-
-
-def upload(
-    folder: str | Path,
-    repo: str,
-    *,
-    private: bool = False,
-    revision: str | None = None,
-    force: bool = False,
-    trust_remote_code: bool = False,
-    on_event: OnEvent = ignore,
-) -> Published:
-    """Publish a folder that mlxq wrote as ``repo`` (``org/name``) on the Hub, on ``revision`` or ``main``.
-
-    Raises BadInputError where the folder is not whole or the Hub refuses, MlxqError where it cannot be reached.
-    """
-    start_mlx()
-    target = Target(repo, private, revision)
-    return published(Path(folder), target, force=force, trusted=trust_remote_code, on_event=on_event)
-
-
-# The stages that the verbs and the commands are made of.
+    encoding: Encoding | None
 
 
 def as_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
@@ -205,8 +76,37 @@ def as_recipe(recipe: str | Path | Mapping[str, Any] | Recipe) -> Recipe:
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Mapping):
-        return recipe_from_dict(dict(recipe), "recipe")
+        return recipe_from_program(recipe, "recipe")
     return load_recipe(str(recipe))
+
+
+def convert_recipe(dtype: str | None) -> Recipe:
+    """The recipe of ``convert``, which only casts. Raises RecipeError where ``dtype`` is none that weights may have."""
+    return recipe_from_dict({"dtype": dtype} if dtype else {}, "mlx")
+
+
+def stored_for_convert(*, dequantize: bool, keep_quantization: bool) -> Stored:
+    """What ``convert`` does with what is quantized. Raises BadInputError where it is asked for both."""
+    from mlxq.planning.plan import Stored
+
+    if dequantize and keep_quantization:
+        raise BadInputError("to dequantize and to keep the quantization exclude each other", "Ask for one of them.")
+    if dequantize:
+        return Stored.DEQUANTIZE
+    return Stored.CARRY_OVER if keep_quantization else Stored.AS_IS
+
+
+def output_folder(output: str | Path | None, recipe: Recipe, model: str | Path, *, free: bool) -> Path:
+    """Where the model goes: ``output``, or the recipe's, or ``./MODEL-RECIPE``.
+
+    Raises BadInputError where it must be ``free`` and something stands there, before any work is done.
+    """
+    from mlxq.pipeline import default_output
+
+    out = Path(output or recipe.output or default_output(recipe, str(model)))
+    if free and out.exists():
+        raise BadInputError(f"{out} already exists", "Choose another output, or have it replaced with force.")
+    return out
 
 
 def find_model(
@@ -228,10 +128,11 @@ def brought(source: ModelSource, *, on_event: OnEvent = ignore) -> ModelSource:
     return source if source.remote is None else told(fetch(source), on_event)
 
 
-def inspected(source: ModelSource, context: int, device: str | None) -> Inspected:
-    """See ``inspect``."""
+def inspected(source: ModelSource, context: int, device: str | None, text: str | None = None) -> Inspected:
+    """See ``mlxq.inspect``."""
     from mlxq.architecture.estimate import estimate
     from mlxq.architecture.inspection import inspect_model
+    from mlxq.architecture.tokenizer import encode_text
     from mlxq.machine.devices import find_device, this_machine
     from mlxq.machine.memory import fit
 
@@ -241,7 +142,8 @@ def inspected(source: ModelSource, context: int, device: str | None) -> Inspecte
     for recipe in shipped_recipes():
         footprint = estimate(found, recipe).footprint(found.config, context)
         fits.append((recipe.name, fit(footprint, machine)))
-    return Inspected(found, machine, context, tuple(fits))
+    encoding = None if text is None else encode_text(source, text)
+    return Inspected(found, machine, context, tuple(fits), encoding)
 
 
 def planned(recipe: Recipe, source: ModelSource, stored: Stored, *, on_event: OnEvent = ignore) -> Plan:
@@ -387,13 +289,3 @@ def checked(
 
 def _is_recipe(candidate: str | Path | Mapping[str, Any] | Recipe) -> bool:
     return isinstance(candidate, Mapping | Recipe) or names_recipe(str(candidate))
-
-
-def _output(output: str | Path | None, recipe: Recipe, model: str | Path, *, force: bool) -> Path:
-    """Where the model goes. Raises BadInputError where something is there, before any work is done."""
-    from mlxq.pipeline import default_output
-
-    out = Path(output or recipe.output or default_output(recipe, str(model)))
-    if out.exists() and not force:
-        raise BadInputError(f"{out} already exists", "Choose another output, or replace it with force.")
-    return out

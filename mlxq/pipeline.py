@@ -24,6 +24,7 @@ from mlxq.publish.card import write_card
 from mlxq.recipe.load import load_recipe, recipe_from_dict
 from mlxq.recipe.model import Recipe
 from mlxq.retry import Waiting
+from mlxq.shown import Shown
 from mlxq.sources.base import ModelSource
 from mlxq.sources.download import Downloading, fetch, fetch_companions
 from mlxq.sources.gguf_parts import model_name
@@ -47,7 +48,7 @@ class Resumed:
 
 
 @dataclass(frozen=True)
-class Finished:
+class Finished(Shown):
     """The output stands under its name; ``report`` is what its ``mlxq.json`` holds."""
 
     out: Path

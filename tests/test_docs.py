@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -32,6 +33,7 @@ from tests.hub_server import Hub
 
 BLOCKS = [block for document in DOCUMENTS for block in blocks(document)]
 RUN = [block for block in BLOCKS if block.language in ("bash", "console") and block.mark is None]
+PYTHON = [document for document in DOCUMENTS if any(block.language == "python" for block in blocks(document))]
 YAML = [block for block in BLOCKS if block.language == "yaml"]
 RECIPES = [block for block in YAML if "jobs" not in yaml.safe_load(block.text)]
 
@@ -198,6 +200,18 @@ def test_commands_do_what_is_shown(block: Block, give: Callable[[str], None], hu
         fails = any(line.startswith("error:") for line in shown)
         assert (code != 0) == fails, f"{command}\n{output}"
         assert not missing_lines(shown, output.replace(hub.url, "https://huggingface.co")), f"{command}\n{output}"
+
+
+@pytest.mark.parametrize("document", PYTHON, ids=lambda document: document.name)
+def test_examples_in_python_run(document: Path, give: Callable[[str], None], hub: Hub) -> None:
+    """One after the other in a process of their own, as somebody who reads on would type them."""
+    code = "\n".join(block.text for block in blocks(document) if block.language == "python")
+    give(code.replace("./my-model-4bit", ""))  # made by the first of them
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **hub.env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for said in ("my-model-4bit", "100%", "bits", f"{hub.url}/org/my-model-4bit"):
+        assert said in done.stdout
+    assert hub.repos["org/my-model-4bit"].private
 
 
 @pytest.mark.parametrize("block", RECIPES, ids=lambda block: block.where)

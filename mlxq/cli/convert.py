@@ -41,27 +41,18 @@ def command(
 
     Example: mlxq convert model.gguf -o ./model-mlx --keep-quantization
     """
+    from mlxq import api
     from mlxq.cli.fetching import find_model
     from mlxq.cli.writing import show_plan, write_model
-    from mlxq.errors import BadInputError
     from mlxq.machine.backend import start_mlx
-    from mlxq.recipe.load import recipe_from_dict
     from mlxq.show.console import console
 
     console.use(quiet=quiet, as_json=as_json)
-    if dequantize and keep_quantization:
-        raise BadInputError("--dequantize and --keep-quantization exclude each other")
+    stored = api.stored_for_convert(dequantize=dequantize, keep_quantization=keep_quantization)
+    recipe = api.convert_recipe(dtype.value if dtype else None)
     start_mlx()
-    from mlxq.pipeline import default_output, prepare
-    from mlxq.planning.plan import Stored
-
-    recipe = recipe_from_dict({"dtype": dtype.value} if dtype else {}, "mlx")
-    asked = {Stored.DEQUANTIZE: dequantize, Stored.CARRY_OVER: keep_quantization}
-    stored = next((each for each, wanted in asked.items() if wanted), Stored.AS_IS)
-    out = output or default_output(recipe, model)
-    if not dry_run and out.exists() and not force:
-        raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-    plan = prepare(recipe, find_model(model, trusted=trust_remote_code), stored)
+    out = api.output_folder(output, recipe, model, free=not (dry_run or force))
+    plan = api.planned(recipe, find_model(model, trusted=trust_remote_code), stored)
     if dry_run:
         show_plan(plan, out=out, why=None, low_disk=low_disk)
     else:

@@ -68,22 +68,20 @@ def command(
         _show_plan(model, recipe, why, trusted=trust_remote_code)
         return
     from mlxq import api
-    from mlxq.architecture.tokenizer import encode_text
     from mlxq.show import inspection_tables, verify_tables
 
     source = find_model(model, trusted=trust_remote_code, tokenizer=text is not None)
     unsound = _read_through(source) if check else None
-    found = api.inspected(source, context, device)
-    encoding = encode_text(source, text) if text is not None else None
+    found = api.inspected(source, context, device, text)
     modules = inspection_tables.chosen_modules(found.inspection, match)
     if console.as_json:
-        console.json(inspection_tables.inspection_facts(found, modules, encoding, unsound))
+        console.json(inspection_tables.inspection_facts(found, modules, unsound))
         _refuse(unsound, model)
         return
     console.show(inspection_tables.inspection_table(found.inspection))
     console.show(inspection_tables.module_table(modules, folded=not layers))
-    if encoding is not None:
-        console.show(inspection_tables.encoding_table(encoding))
+    if found.encoding is not None:
+        console.show(inspection_tables.encoding_table(found.encoding))
     console.show(inspection_tables.fit_heading(found.device, context))
     console.show(inspection_tables.fit_table(found.fits, found.device))
     console.note(f"Sizes are estimates from the headers. To the byte: mlxq quantize RECIPE --model {model} --dry-run")

@@ -87,7 +87,9 @@ def command(
 
     Example: mlxq quantize ./my-model --bpw 4.25
     """
+    from mlxq import api
     from mlxq.cli.writing import show_plan, write_model
+    from mlxq.machine.backend import start_mlx
     from mlxq.recipe.match import check_pattern
     from mlxq.show.console import console
 
@@ -104,7 +106,8 @@ def command(
         loaded, name = _asked(recipe, model, bpw, size, sets or ())
         _check_curve(loaded, frontier=frontier, explain=explain)
         target = _login(loaded) if upload and writes else None
-        out = _output(loaded, name, output, free=writes and not force)
+        start_mlx()
+        out = api.output_folder(output, loaded, name, free=writes and not force)
         draft = _draft(loaded, name, requantize=requantize, low_disk=low_disk, trusted=trust_remote_code)
         job = _spent(_Job(draft, out, target), measure_curve=frontier)
     if job.spending is not None and not console.as_json:
@@ -165,20 +168,6 @@ def _login(recipe: Recipe) -> Target | None:
     if recipe.upload is not None:
         check_login()
     return recipe.upload
-
-
-def _output(recipe: Recipe, model: str, output: Path | None, *, free: bool) -> Path:
-    """Where the model goes; where it must be ``free``, nothing may stand there."""
-    from mlxq.errors import BadInputError
-    from mlxq.machine.backend import start_mlx
-
-    start_mlx()
-    from mlxq.pipeline import default_output
-
-    out = output or (Path(recipe.output) if recipe.output else default_output(recipe, model))
-    if free and out.exists():
-        raise BadInputError(f"{out} already exists", "Choose another -o, or replace it with --force.")
-    return out
 
 
 def _draft(recipe: Recipe, model: str, *, requantize: bool, low_disk: bool, trusted: bool) -> Plan:

@@ -63,7 +63,7 @@ def write_model(plan: Plan, out: Path, *, force: bool, generate: bool, low_disk:
         raise
     seconds = time.perf_counter() - began
     answer = _ask(finished, trusted=plan.source.trusted) if generate else None
-    _show_result(plan, finished, answer, seconds)
+    _show_result(finished, answer, seconds)
     return finished
 
 
@@ -94,12 +94,12 @@ def _ask(finished: Finished, *, trusted: bool) -> Generation | None:
     return None if isinstance(answer, NotAsked) else answer
 
 
-def _show_result(plan: Plan, finished: Finished, answer: Generation | None, seconds: float) -> None:
+def _show_result(finished: Finished, answer: Generation | None, seconds: float) -> None:
     from mlxq.show import plan_tables
 
     if console.as_json:
         console.json({"output": str(finished.out), **finished.report})
         return
-    console.show(plan_tables.result_table(plan, finished, answer, seconds))
+    console.show(plan_tables.result_table(finished, answer, seconds))
     console.show("Try it:")
     console.text(f'  mlx_lm.generate --model {shlex.quote(str(finished.out))} --prompt "Why is the sky blue?"')

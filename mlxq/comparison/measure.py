@@ -15,6 +15,7 @@ from mlxq.architecture.tokenizer import source_tokenizer
 from mlxq.calibration.text import (
     SELF,
     WINDOW_TOKENS,
+    TextInfo,
     TokenizedText,
     Windows,
     corpus_text,

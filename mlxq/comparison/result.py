@@ -10,6 +10,7 @@ from mlxq.calibration.text import TextInfo
 from mlxq.metrics.faithfulness import Faithfulness
 from mlxq.metrics.size import Size
 from mlxq.running.speed import Speed
+from mlxq.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class ModelResult:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Shown):
     """The reference (first of ``results``) and every model measured so far.
 
     ``noise_floor`` is the reference in its own dtype against itself in fp32. ``notes`` say how it was

@@ -14,6 +14,7 @@ from typing import Any
 from mlxq.architecture.bind import Architecture
 from mlxq.methods.formats import Format
 from mlxq.recipe.model import Calibration, Recipe
+from mlxq.shown import Shown
 from mlxq.sources.base import ModelSource
 from mlxq.sources.belongings import described
 from mlxq.tensors import TensorSpec
@@ -126,7 +127,7 @@ class Spent:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Shown):
     """Everything that will be written.
 
     ``recipe`` is what the person wrote, ``stored`` what they want of modules that are quantized already.

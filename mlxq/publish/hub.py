@@ -94,7 +94,7 @@ def remote_text(api: HfApi, target: Target, remote: Remote, name: str) -> str | 
     """The text of a file that ``remote`` holds, or None."""
     if name not in remote.files:
         return None
-    with _no_progress_bars():
+    with no_progress_bars():
         return as_text(Path(api.hf_hub_download(target.repo, name, revision=remote.commit)).read_bytes())
 
 
@@ -104,8 +104,8 @@ def git_hash(content: bytes) -> str:
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """For files too small for a bar."""
+def no_progress_bars() -> Iterator[None]:
+    """Within the context ``huggingface_hub`` draws none: for files too small for a bar, and where nobody looks."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     if are_progress_bars_disabled():

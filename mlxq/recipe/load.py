@@ -32,10 +32,22 @@ def load_recipe(ref: str | Path, sets: Sequence[str] = (), budget: Mapping[str, 
         raise RecipeError((path,))
     label = path.name if _is_shipped(path) else str(ref)
     document = read_document(path)
-    draft = _extended(document, path, label)
+    draft = _extended(_own_draft(document, label, rank=0), path)
     _override(draft, sets, budget)
     recipe = build(draft, path.stem)
     return replace(recipe, path=str(path), text=document.text, description=heading(document.text))
+
+
+def recipe_from_program(data: Mapping[str, Any], name: str) -> Recipe:
+    """The recipe that a program states as data, as if a file in the working folder held it: it may extend others.
+
+    Raises RecipeError with every fault at once.
+    """
+    own = draft_of(data, name)
+    rules = own.data.get("rules")
+    own.own_rules = len(rules) if isinstance(rules, list) else 0
+    recipe = build(_extended(own, Path(name)), name)
+    return replace(recipe, text=yaml.safe_dump(dict(data), sort_keys=False))
 
 
 def recipe_from_dict(data: Mapping[str, Any], name: str) -> Recipe:
@@ -106,9 +118,9 @@ def _find(ref: str | Path, folder: Path, origin: Origin | None = None) -> Path |
     return Fault(origin, f"no recipe is called {str(ref)!r}{near}")
 
 
-def _extended(document: Document, path: Path, label: str) -> Draft:
-    """A document on top of all that it extends."""
-    drafts = [_own_draft(document, label, rank=0)]
+def _extended(own: Draft, path: Path) -> Draft:
+    """A draft, which stands at ``path``, on top of all that it extends."""
+    drafts = [own]
     chain = [path.resolve()]
     while (ref := _extends(drafts[-1])) is not None:
         draft, origin = drafts[-1], drafts[-1].origin(("extends",))

@@ -123,7 +123,6 @@ def encoding_table(encoding: Encoding) -> Table:
 def inspection_facts(
     found: Inspected,
     modules: Sequence[InspectedModule],
-    encoding: Encoding | None,
     unsound: Sequence[Unsound] | None = None,
 ) -> dict[str, Any]:
     """The inspection as data, for ``--json``; ``unsound`` is None where the weights were not read."""
@@ -136,6 +135,6 @@ def inspection_facts(
         **facts,
         "device": {**asdict(found.device), "usable_bytes": found.device.usable_bytes},
         "recipes": {name: asdict(reckoned) for name, reckoned in found.fits},
-        "encoding": asdict(encoding) if encoding else None,
+        "encoding": asdict(found.encoding) if found.encoding else None,
         "unsound": None if unsound is None else [asdict(tensor) for tensor in unsound],
     }

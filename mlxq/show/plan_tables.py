@@ -10,6 +10,7 @@ from rich.table import Table
 
 from mlxq.errors import BadInputError
 from mlxq.fold import fold
+from mlxq.methods.formats import Format
 from mlxq.planning.plan import By
 from mlxq.recipe.match import matching
 from mlxq.show.tables import facts_table, plain_table, shape_text, size_text
@@ -126,12 +127,13 @@ def why_table(plan: Plan, pattern: str) -> Table:
     return table
 
 
-def result_table(plan: Plan, finished: Finished, answer: Generation | None, seconds: float) -> Table:
+def result_table(finished: Finished, answer: Generation | None, seconds: float) -> Table:
     """Before and after of a finished run. ``seconds`` is the whole wall time of writing and verifying."""
-    metrics = finished.report["metrics"]
-    before, after = plan.source.stored_bytes, metrics["size_bytes"]
+    report = finished.report
+    metrics = report["metrics"]
+    before, after = metrics["source_bytes"], metrics["size_bytes"]
     table = facts_table(escape(str(finished.out)))
-    formats = Counter(str(d.format) if d.format else "kept" for d in plan.decisions)
+    formats = Counter(str(Format.from_config(m["format"])) if m["format"] else "kept" for m in report["modules"])
     table.add_row("size", f"{size_text(before)} -> [bold]{size_text(after)}[/]  ({after:,} bytes)")
     table.add_row("bits per weight", f"{metrics['bits_per_weight']:.3f}, counted from the files")
     table.add_row("modules", ", ".join(f"{count} x {fmt}" for fmt, count in formats.most_common()))
