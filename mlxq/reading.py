@@ -37,11 +37,12 @@ def opened(file: Path) -> Iterator[BinaryIO]:
         descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (OSError, ValueError) as exc:
         raise unreadable(file, exc) from exc
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
+        raise BadInputError(f"cannot read {file}: it is {kind}, not a file")
     with os.fdopen(descriptor, "rb") as stream:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "something else")
-            raise BadInputError(f"cannot read {file}: it is {kind}, not a file")
         yield stream
 
 

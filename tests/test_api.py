@@ -83,7 +83,7 @@ def test_a_caller_is_checked_by_mypy_strictly(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", "--cache-dir", str(tmp_path / "c")]
     done = subprocess.run([*command, str(caller)], capture_output=True, text=True, cwd=ROOT)
-    assert 'Revealed type is "mlxq.comparison.measure.Comparison"' in done.stdout
+    assert 'Revealed type is "mlxq.comparison.result.Comparison"' in done.stdout
     errors = [line for line in done.stdout.splitlines() if ": error:" in line]
     assert len(errors) == 1, done.stdout
     assert '"quantize" has incompatible type "int"' in errors[0]

@@ -289,7 +289,7 @@ def test_a_template_inside_the_tokenizer_config(tmp_path: Path) -> None:
 def test_a_broken_tokenizer_file_is_named(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, LLAMA, llama_tensors())
     (folder / "tokenizer.json").write_text("{")
-    with pytest.raises(BadInputError, match=r"tokenizer\.json is not valid JSON"):
+    with pytest.raises(BadInputError, match=r"tokenizer\.json:1: not valid JSON"):
         inspect_model(open_folder(folder, "m"), 1)
 
 

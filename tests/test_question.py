@@ -188,7 +188,9 @@ def test_the_run_is_what_it_was(tmp_path: Path) -> None:
     written = json.loads((out / "mlxq.json").read_text())
     assert written["not_asked"] == reason
     assert written["comparison"]["metrics"]["kl_mean"] > 0, "the gates were held"
-    rebuilt = invoke("quantize", "--locked", str(out / "mlxq.json"), "-o", str(tmp_path / "again"))
+    rebuilt = invoke(
+        "quantize", "--locked", str(out / "mlxq.json"), "--model", str(folder), "-o", str(tmp_path / "again")
+    )
     assert rebuilt.exit_code == 0
     assert rebuilt.stderr.splitlines().count(f"note: the new model {reason}") == 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -194,7 +195,8 @@ def test_facts_are_what_was_found(whole: Whole) -> None:
     assert facts["weight_bytes"] == spending.weight_bytes
     assert facts["predicted_kl"] == spending.allocation.divergence > 0
     assert facts["optimality_gap"] == spending.allocation.gap
-    assert facts["text"] == {"name": spending.text.name, "sha256": spending.text.sha256}
+    assert facts["text"] == spending.text.facts()
+    assert json.loads(json.dumps(facts)) == facts, "what a report reads back is what it wrote"
     assert len(facts["checks"]) == len(spending.checks)
     assert len(facts["curve"]) == CURVE_POINTS
 

@@ -96,7 +96,7 @@ class Spending:
             "weight_bytes": self.weight_bytes,
             "predicted_kl": self.allocation.divergence if self.text else None,
             "optimality_gap": self.allocation.gap,
-            "text": None if self.text is None else dict(vars(self.text)),
+            "text": None if self.text is None else self.text.facts(),
             "checks": [vars(check) for check in self.checks],
             "curve": [vars(point) for point in self.curve],
             "seconds": self.seconds,

@@ -44,6 +44,10 @@ class TextInfo:
     scored_tokens: int
     start_tokens: tuple[int, ...]
 
+    def facts(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {**vars(self), "start_tokens": list(self.start_tokens)}
+
     def windows_in_words(self) -> str:
         """One sentence: how the text was cut, what each sequence begins with, and how many predictions of it count."""
         ids = ", ".join(map(str, self.start_tokens))

@@ -136,6 +136,9 @@ def _whole_streams() -> None:
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
+    if sys.stdout is not sys.__stdout__:
+        # Somebody who runs a command inside a program of their own takes what it prints.
+        return
     encoding = "utf-8" if sys.stdout is None else sys.stdout.encoding
     # Where the terminal's encoding has no such letter, its escape is shown.
     sys.stdout = io.TextIOWrapper(

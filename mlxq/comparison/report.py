@@ -28,7 +28,7 @@ def comparison_facts(comparison: Comparison, gates: Sequence[GateResult] = ()) -
         "mlxq": __version__,
         "complete": comparison.complete,
         "reference": comparison.reference.name,
-        "text": dict(vars(comparison.text)),
+        "text": comparison.text.facts(),
         "noise_floor": _finite(comparison.noise_floor.metrics()),
         "notes": list(comparison.notes),
         "models": [_model_facts(result, comparison) for result in comparison.results],
@@ -69,7 +69,7 @@ def candidate_facts(result: ModelResult, comparison: Comparison) -> dict[str, An
     """What one model's ``mlxq.json`` keeps of a comparison: its own metrics, and what they were measured against."""
     return {
         "reference": comparison.reference.name,
-        "text": dict(vars(comparison.text)),
+        "text": comparison.text.facts(),
         "noise_floor_kl_mean": _number(comparison.noise_floor.kl_mean),
         "notes": list(comparison.notes),
         **_model_facts(result, comparison),
