@@ -16,7 +16,9 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,15 +84,27 @@ def load_model(
     load = _named(
         "mlx_lm.utils", "load_model", "lazy", "strict", "model_config", "get_model_classes", "trust_remote_code"
     )
-    opened: tuple[nn.Module, dict[str, Any]] = load(
-        folder,
-        lazy=True,
-        strict=True,
-        model_config=overrides,
-        get_model_classes=classes,
-        trust_remote_code=trusted,
-    )
+    with _no_bytecode():
+        opened: tuple[nn.Module, dict[str, Any]] = load(
+            folder,
+            lazy=True,
+            strict=True,
+            model_config=overrides,
+            get_model_classes=classes,
+            trust_remote_code=trusted,
+        )
     return opened
+
+
+@contextmanager
+def _no_bytecode() -> Iterator[None]:
+    """A model file that is imported leaves no ``__pycache__`` in its folder, which may be somebody else's."""
+    before = sys.dont_write_bytecode
+    sys.dont_write_bytecode = True
+    try:
+        yield
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def default_classes() -> ModelClasses:

@@ -50,11 +50,15 @@ def ended(command: Callable[[], object]) -> int:
         # The reader of our output went away (mlxq ... | head): not an error, but nothing more can be said.
         return NO_READER
     met = met or unsaid
-    if met is None:
-        return code
-    error = explained(met)
-    _say(error, met)
-    return error.exit_code
+    if met is not None:
+        error = explained(met)
+        _say(error, met)
+        code = error.exit_code
+    try:
+        sys.stderr.flush()
+    except OSError:
+        _let_go(2)
+    return code
 
 
 def explained(met: BaseException) -> MlxqError:
@@ -105,10 +109,10 @@ def _unsaid() -> OSError | None:
     return None
 
 
-def _let_go() -> None:
-    """Give what stdout still holds to nobody: Python would try it again as it ends, and complain."""
+def _let_go(stream: int = 1) -> None:
+    """Give what a stream still holds to nobody: Python would try it again as it ends, and complain."""
     nobody = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nobody, 1)
+    os.dup2(nobody, stream)
     os.close(nobody)
 
 
